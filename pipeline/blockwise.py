@@ -1,0 +1,183 @@
+"""Block-wise weight quantization: error-minimizing scales, and the layout of ONNX Runtime's kernels.
+
+Shapes in this module:
+    N: output channels, K: input channels, B: block size, G: blocks a row, ``ceil(K / B)``.
+
+A weight ``w`` of block ``g`` is stored as ``q`` in ``[0, 2**bits)`` and read back as
+``scale[g] * (q - zero_point[g])``; symmetric blocks have the constant zero point ``2**(bits-1)``.
+The packed layout is that of the ``com.microsoft`` operators ``MatMulNBits`` and
+``GatherBlockQuantized`` (ONNX Runtime, docs/ContribOperators.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+# Elements worked on at once: a few such float32 tensors stay in a core's cache, and peak memory
+# does not grow with the weight.
+_CHUNK = 1 << 20
+
+# Fractions of the min-max range that are tried. Clipping below 0.7 never won on the Qwen2.5
+# weights that this was measured on; finer steps moved the squared error by under 1 %.
+_SHRINK = tuple(1.0 - 0.03 * step for step in range(11))
+
+
+@dataclass(frozen=True)
+class BlockQuantized:
+    """One quantized weight.
+
+    Attributes:
+        packed: ``[N, G, B * bits / 8]`` uint8; of two 4-bit values the first is the low half.
+        scale: ``[N, G]`` float32.
+        zero_point: ``[N, ceil(G * bits / 8)]`` uint8, packed like the weight, or ``None`` when symmetric.
+        relative_error: ``||w - dequantized||² / ||w||²``.
+    """
+
+    packed: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.uint8] | None
+    relative_error: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of all parts."""
+        zero = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.packed.nbytes + self.scale.nbytes + zero
+
+
+def quantize(weight: npt.NDArray[np.float32], bits: int, block_size: int, symmetric: bool) -> BlockQuantized:
+    """Quantize ``weight`` (``[N, K]`` float32) block by block along K.
+
+    For every block a few clipped ranges are tried; for each the scale is refitted by least squares,
+    ``s = <w, q - z> / <q - z, q - z>``, and the candidate with the smallest squared error is kept
+    (the idea of llama.cpp's k-quants, vectorized over blocks). 8-bit blocks take the min-max range.
+
+    Raises:
+        ValueError: ``bits`` is not 4 or 8, ``block_size`` is not a power of two of at least 16, or
+            ``weight`` has NaN or infinite values.
+    """
+    import torch
+
+    if bits not in (4, 8) or block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"bits {bits} and block size {block_size}: MatMulNBits takes 4 or 8 and a power of 2 >= 16")
+    rows, columns = weight.shape
+    groups = -(-columns // block_size)
+    codes = np.empty((rows, groups, block_size), np.uint8)
+    scale = np.empty((rows, groups), np.float32)
+    zero = np.empty((rows, groups), np.uint8)
+    error = total = 0.0
+    step = max(1, _CHUNK // (groups * block_size))
+    for start in range(0, rows, step):
+        part = np.ascontiguousarray(weight[start : start + step], np.float32)
+        if padding := groups * block_size - columns:
+            part = np.pad(part, ((0, 0), (0, padding)))
+        blocks = torch.from_numpy(part).view(-1, block_size)
+        energy = float(blocks.double().square().sum())
+        if not np.isfinite(energy):
+            raise ValueError("the weight has NaN or infinite values")
+        q, s, z, e = _quantize_blocks(blocks, bits, symmetric)
+        stop = start + len(part)
+        codes[start:stop] = q.view(-1, groups, block_size).numpy()
+        scale[start:stop] = s.view(-1, groups).numpy()
+        zero[start:stop] = z.view(-1, groups).numpy()
+        error, total = error + e, total + energy
+    return BlockQuantized(
+        packed=_pack(codes, bits),
+        scale=scale,
+        zero_point=None if symmetric else _pack(zero, bits),
+        relative_error=error / total if total else 0.0,
+    )
+
+
+def dequantize(quantized: BlockQuantized, bits: int, columns: int) -> npt.NDArray[np.float32]:
+    """The float32 weight ``[N, columns]`` that the kernels compute with."""
+    codes = _unpack(quantized.packed, bits).astype(np.float32)
+    rows, groups, _ = codes.shape
+    if quantized.zero_point is None:
+        zero = np.full((rows, groups), float(1 << (bits - 1)), np.float32)
+    else:
+        zero = _unpack(quantized.zero_point, bits)[:, :groups].astype(np.float32)
+    blocks = (codes - zero[..., None]) * quantized.scale[..., None]
+    return blocks.reshape(rows, -1)[:, :columns]
+
+
+def _quantize_blocks(
+    blocks: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Codes ``[M, B]`` uint8, scales ``[M, 1]``, zero points ``[M, 1]`` uint8, summed squared error."""
+    import torch
+
+    top = (1 << bits) - 1
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    if symmetric:
+        middle = torch.full_like(low, float(1 << (bits - 1)))
+        # The code range is lopsided, [-8, 7]: give the longer side to the value of larger magnitude.
+        reach = torch.where(high > -low, high, low) / -float(1 << (bits - 1))
+        candidates = [(reach * shrink, middle) for shrink in (_SHRINK if bits == 4 else (1.0,))]
+        candidates += [(-reach * shrink, middle) for shrink in _SHRINK] if bits == 4 else []
+    else:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        span = (high - low) / top
+        candidates = []
+        for shrink in _SHRINK if bits == 4 else (1.0,):
+            scale = span * shrink
+            zero = torch.where(scale > 0, -low * shrink / scale, torch.zeros_like(scale)).round_().clamp_(0, top)
+            candidates.append((scale, zero))
+    energy = blocks.square().sum(1, keepdim=True)
+    best_error = torch.full_like(energy, torch.inf)
+    best_scale, best_zero = torch.zeros_like(energy), torch.zeros_like(energy)
+    best_first = torch.zeros_like(energy)
+    for scale, zero in candidates:
+        shifted = _codes(blocks, scale, zero, top).sub_(zero)
+        norm = shifted.square().sum(1, keepdim=True)
+        projection = (blocks * shifted).sum(1, keepdim=True)
+        fitted = torch.where(norm > 0, projection / norm, torch.zeros_like(norm))
+        error = energy - fitted * projection
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, fitted, best_scale)
+        best_first = torch.where(better, scale, best_first)
+        best_zero = torch.where(better, zero, best_zero)
+    # Two more rounds of rounding to the refitted scale and refitting: each can only lower the error.
+    codes = _codes(blocks, best_first, best_zero, top)
+    for _ in range(2 if bits == 4 else 1):
+        again = _codes(blocks, best_scale, best_zero, top)
+        shifted = again - best_zero
+        norm = shifted.square().sum(1, keepdim=True)
+        projection = (blocks * shifted).sum(1, keepdim=True)
+        fitted = torch.where(norm > 0, projection / norm, torch.zeros_like(norm))
+        error = energy - fitted * projection
+        better = error <= best_error
+        codes = torch.where(better, again, codes)
+        best_scale = torch.where(better, fitted, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return codes.to(torch.uint8), best_scale, best_zero.to(torch.uint8), float(best_error.clamp(min=0).double().sum())
+
+
+def _codes(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int) -> torch.Tensor:
+    import torch
+
+    inverse = torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))
+    return torch.addcmul(zero, blocks, inverse).round_().clamp_(0, top)
+
+
+def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Pack 4-bit codes pairwise along the last axis, the first in the low half; 8-bit codes stay."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    if bits == 8:
+        return packed
+    return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

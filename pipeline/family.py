@@ -1,0 +1,109 @@
+"""What is true of each Qwen architecture, read from a checkpoint's ``config.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Qwen architecture.
+
+    Attributes:
+        model_type: ``model_type`` in config.json, and the genai runtime's ``model.type``.
+        architecture: the transformers class.
+        exporters: which exporters can write its graph.
+        title: what people call it.
+    """
+
+    model_type: str
+    architecture: str
+    exporters: tuple[str, ...]
+    title: str
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum"), "Qwen1.5, Qwen2, Qwen2.5"),
+        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum"), "Qwen3"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder, in elements and counts."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    tied: bool
+
+    @property
+    def body_parameters(self) -> int:
+        """Weights of the attention and MLP projections of all layers."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def vocabulary_parameters(self) -> int:
+        """Weights of one vocabulary matrix (head or embedding)."""
+        return self.vocabulary * self.hidden
+
+
+_FIELDS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocabulary": "vocab_size",
+}
+
+
+def read_shape(config: Mapping[str, Any], where: str) -> Shape:
+    """The `Shape` that a ``config.json`` describes.
+
+    Raises:
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer.
+    """
+    if "auto_map" in config:
+        raise CheckpointError(
+            "the checkpoint asks for code of its own (auto_map)",
+            where=where,
+            why="running a checkpoint's code would give it this machine",
+            fix="use a checkpoint of a class that transformers has built in",
+        )
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    architectures = config.get("architectures") or ([family.architecture] if family else [])
+    if family is None or architectures != [family.architecture]:
+        known = "; ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
+        raise CheckpointError(
+            f"architecture {architectures} of model type {model_type!r} is not supported",
+            where=where,
+            fix=f"supported: {known}",
+        )
+    sizes = {field: config.get(key) for field, key in _FIELDS.items()}
+    sizes["kv_heads"] = config.get("num_key_value_heads") or sizes["heads"]
+    bad = [field for field, value in sizes.items() if type(value) is not int or value <= 0]
+    if bad:
+        raise CheckpointError(f"config.json has no valid value for: {', '.join(bad)}", where=where)
+    head_dim = config.get("head_dim") or sizes["hidden"] // sizes["heads"]  # type: ignore[operator]
+    return Shape(
+        model_type=family.model_type,
+        head_dim=head_dim,
+        context=config.get("max_position_embeddings", 32768),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        **sizes,  # type: ignore[arg-type]
+    )
