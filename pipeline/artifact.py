@@ -1,0 +1,169 @@
+"""What passes between stages (steps, artifacts, results), and the manifest of a package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import digest
+from pipeline.errors import PackageError
+
+MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"
+SCHEMA_VERSION = 1
+
+Progress = Callable[[float, str], None]
+"""Called with the fraction done, in [0, 1], and a few words on what is being done."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is expected to need: peak bytes of memory, bytes of disk, seconds on two cores."""
+
+    memory: int
+    disk: int
+    seconds: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work.
+
+    Attributes:
+        stage: key of ``pipeline.stages.STAGES``.
+        key: sha256 of everything that affects the result.
+        fields: the part of the recipe that affects the result; a stage reads nothing else.
+        inputs: the stages whose artifacts it reads.
+        tools: versions of the libraries that produce the result.
+        estimate: what it is expected to need.
+        context: what the stage needs and what does not affect the result, such as where to fetch from.
+    """
+
+    stage: str
+    key: str
+    fields: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    tools: Mapping[str, str]
+    estimate: Estimate
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for crossing a process boundary."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Step:
+        """The step that `as_dict` described."""
+        return Step(**{**data, "inputs": tuple(data["inputs"]), "estimate": Estimate(**data["estimate"])})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The immutable result of a step.
+
+    Attributes:
+        stage, key: of the step that made it.
+        digest: sha256 over its files' paths and contents.
+        path: directory of the files.
+        files: relative POSIX path → size in bytes and sha256.
+        facts: what the stage found worth telling.
+        seconds, peak_memory: what making it took (wall time; bytes of resident memory).
+    """
+
+    stage: str
+    key: str
+    digest: str
+    path: Path
+    files: Mapping[str, tuple[int, str]]
+    facts: Mapping[str, Any]
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage returns beside the files it wrote.
+
+    Attributes:
+        facts: JSON values worth telling.
+        refused: the error (`QwenOnnxError.as_dict`) that forbids going on; the artifact is kept as evidence.
+    """
+
+    facts: dict[str, Any]
+    refused: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a package's ``manifest.json``: where it comes from, what it needs, what is in it."""
+
+    data: Mapping[str, Any]
+
+    @property
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Relative path → size in bytes and sha256, of every file but the manifest and SHA256SUMS."""
+        return {name: (entry["size"], entry["sha256"]) for name, entry in self.data["files"].items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all entries: one value that names the package's contents."""
+        return digest.of_value(dict(self.data))
+
+
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "schema_version": int,
+    "name": str,
+    "source": dict,
+    "recipe": dict,
+    "steps": dict,
+    "target": dict,
+    "runtime": dict,
+    "files": dict,
+}
+
+
+def read_manifest(package: Path) -> Manifest:
+    """Read and check ``manifest.json`` of a package directory.
+
+    Raises:
+        PackageError: it is missing, is not JSON, or does not follow the schema.
+    """
+    path = package / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise PackageError(
+            f"{package} is not a package",
+            why=f"it has no {MANIFEST}",
+            fix="give the directory that `qwen-onnx build` wrote",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError(f"{MANIFEST} cannot be read", where=str(path), why=str(error)) from None
+    problem = _schema_problem(data)
+    if problem:
+        raise PackageError(f"{MANIFEST} does not follow its schema", where=str(path), why=problem)
+    return Manifest(data)
+
+
+def _schema_problem(data: Any) -> str:
+    if not isinstance(data, dict):
+        return "it is not an object"
+    if data.get("schema_version") != SCHEMA_VERSION:
+        return f"schema version {data.get('schema_version')!r}; this program reads {SCHEMA_VERSION}"
+    for key, kind in _REQUIRED.items():
+        if not isinstance(data.get(key), kind):
+            return f"`{key}` is missing or of the wrong type"
+    for name, entry in data["files"].items():
+        if "/" in name or "\\" in name or name in ("", ".", "..") or name.startswith("."):
+            return f"file name {name!r}: a package is one flat directory"
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("sha256"), str):
+            return f"file {name!r} has no size or sha256"
+    return ""

@@ -1,0 +1,125 @@
+"""The one prefill/decode loop, which validation, benchmark and serving share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import session as sessions
+from pipeline.errors import UsageError
+from pipeline.session import Session
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; greedy unless ``sample``."""
+
+    sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature <= 5.0:  # NaN fails too; the runtime would accept it in silence
+            raise UsageError(f"temperature {self.temperature} is not in (0, 5]")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"top_p {self.top_p} is not in (0, 1]")
+        if self.top_k < 1:
+            raise UsageError(f"top_k {self.top_k} is not positive")
+
+
+def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
+    """A runtime generator with room for ``length`` tokens in all."""
+    og = sessions.runtime()
+    sampling = sampling or Sampling()
+    options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
+    if sampling.sample:
+        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        if sampling.seed is not None:
+            options["random_seed"] = sampling.seed
+    parameters = og.GeneratorParams(session.model)
+    parameters.set_search_options(**options)
+    return og.Generator(session.model, parameters)
+
+
+def stream(
+    session: Session, prompt: Sequence[int], limit: int, sampling: Sampling | None = None
+) -> Iterator[int]:
+    """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
+
+    Raises:
+        UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+    """
+    check_prompt(session, prompt)
+    room = session.context_length - len(prompt)
+    generator = start(session, len(prompt) + min(limit, room), sampling)
+    generator.append_tokens(np.asarray(prompt, np.int32))
+    for _ in range(min(limit, room)):
+        generator.generate_next_token()
+        token = int(generator.get_next_tokens()[0])
+        if token in session.eos:
+            return
+        yield token
+        if generator.is_done():
+            return
+
+
+def check_prompt(session: Session, prompt: Sequence[int]) -> None:
+    """Refuse a prompt that the model cannot take.
+
+    Raises:
+        UsageError: it is empty, has ids outside the vocabulary, or leaves no room in the context.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if min(prompt) < 0 or max(prompt) >= session.vocabulary:
+        raise UsageError(f"the prompt has token ids outside [0, {session.vocabulary})")
+    if len(prompt) >= session.context_length:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens; the context holds {session.context_length}",
+            fix="shorten the prompt, or rebuild with a larger generation.context_length",
+        )
+
+
+def decode_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits ``[T, V]`` float32 after each of ``ids`` (``[T]``), fed one at a time: the decode path."""
+    generator = start(session, len(ids) + 1)
+    rows = np.empty((len(ids), session.vocabulary), np.float32)
+    for index, token in enumerate(ids):
+        generator.append_tokens(np.asarray([token], np.int32))
+        rows[index] = np.asarray(generator.get_logits(), np.float32).reshape(-1)[: session.vocabulary]
+    return rows
+
+
+def prefill_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Logits ``[T, V]`` float32 of all of ``ids`` at once (``T`` is 1 if the head sees the last token only)."""
+    generator = start(session, len(ids) + 1)
+    generator.append_tokens(np.asarray(ids, np.int32))
+    logits = np.asarray(generator.get_output("logits"), np.float32)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+class TextStream:
+    """Turns tokens into text piece by piece; bytes of an unfinished character are held back."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that became final with ``token``."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        piece = text[self._shown :]
+        self._shown = len(text)
+        return str(piece)

@@ -1,0 +1,208 @@
+"""From a recipe to steps: pure, no weights, no network, no heavy import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import digest, texts
+from pipeline.artifact import Estimate, Step
+from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
+from pipeline.family import Shape, read_shape
+from pipeline.recipe import Loaded, Recipe
+from pipeline.target import TARGETS
+
+_GB = 1_000_000_000
+Fields = Callable[[Loaded], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is known of a stage before it runs; raise ``version`` when its code gives other results."""
+
+    name: str
+    version: int
+    inputs: tuple[str, ...]
+    tools: tuple[str, ...]
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("checkpoint", 1, (), ("torch", "transformers", "gguf", "tokenizers", "peft", "safetensors")),
+    Stage("export", 1, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")),
+    Stage("quantize", 1, ("export",), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch")),
+    Stage("validate", 1, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
+    Stage("package", 1, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
+)
+
+
+def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step]:
+    """The steps of a recipe, in order.
+
+    Args:
+        loaded: the recipe.
+        versions: of the tools; the installed ones when left out.
+
+    Raises:
+        RecipeError: the recipe's target cannot be built by this version.
+        CheckpointError: a local checkpoint is missing.
+        RuntimeMissing: a tool is not installed.
+    """
+    recipe = loaded.recipe
+    target = TARGETS[recipe.target]
+    if target.missing:
+        raise RecipeError(
+            f"target {target.name} cannot be built yet",
+            where=str(loaded.path),
+            why=target.missing,
+            fix="`qwen-onnx targets` shows what each target lacks",
+        )
+    shape = shape_of(loaded)
+    steps: dict[str, Step] = {}
+    for stage in STAGES:
+        fields = _fields(stage.name, loaded)
+        tools = {name: versions[name] if versions else installed(name) for name in stage.tools}
+        key = digest.of_value(
+            {
+                "stage": stage.name,
+                "version": stage.version,
+                "fields": fields,
+                "inputs": [steps[name].key for name in stage.inputs],
+                "tools": tools,
+            }
+        )
+        context = _context(loaded) if stage.name == "checkpoint" else {}
+        estimate = _estimate(stage.name, recipe, shape)
+        steps[stage.name] = Step(stage.name, key, fields, stage.inputs, tools, estimate, context)
+    return list(steps.values())
+
+
+def installed(name: str) -> str:
+    """The installed version of a distribution, without importing it.
+
+    Raises:
+        RuntimeMissing: it is not installed.
+    """
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        raise RuntimeMissing(
+            f"{name} is not installed",
+            why="building needs the `build` extra",
+            fix="make .venv, or pip install --constraint constraints.txt '.[build]'",
+        ) from None
+
+
+def shape_of(loaded: Loaded) -> Shape | None:
+    """The model's sizes as far as they are known without fetching: from the recipe, or a local config.json."""
+    given = loaded.recipe.architecture
+    if given:
+        return Shape(**given.model_dump(), context=0, tied=False)
+    for source in loaded.recipe.checkpoint.sources:
+        if source.type == "local":
+            path = loaded.path.parent / source.path / "config.json"
+            if path.is_file():
+                try:
+                    return read_shape(json.loads(path.read_bytes()), str(path))
+                except ValueError as error:
+                    raise CheckpointError("config.json is not JSON", where=str(path), why=str(error)) from None
+    return None
+
+
+def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
+    recipe = loaded.recipe
+    target = TARGETS[recipe.target]
+    if stage == "checkpoint":
+        return _identity(loaded)
+    if stage == "export":
+        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "io_dtype": target.io_dtype}
+    if stage == "quantize":
+        return {**recipe.quantize.model_dump(mode="json"), "target": target.name}
+    if stage == "validate":
+        fields = recipe.validation.model_dump(mode="json")
+        return {**fields, "text": texts.EVALUATION.sha256, "target": target.name, "provider": target.provider}
+    checkpoint = recipe.checkpoint
+    return {
+        "name": loaded.name,
+        "description": recipe.description,
+        "recipe": _published(loaded.resolved),
+        "generation": recipe.generation.model_dump(mode="json"),
+        "license": checkpoint.license,
+        "base_model": checkpoint.base_model,
+        "languages": list(checkpoint.languages),
+        "sources": [source.model_dump(mode="json") for source in checkpoint.sources if source.type != "local"],
+        "target": target.name,
+        "provider": target.provider,
+    }
+
+
+def _published(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The recipe as a package shows it: where a local checkpoint lay is nobody's business."""
+    checkpoint = dict(resolved.get("checkpoint", {}))
+    sources = [
+        {**source, "path": Path(source["path"]).name} if source.get("type") == "local" else source
+        for source in checkpoint.get("sources", [])
+    ]
+    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}}
+
+
+def _identity(loaded: Loaded) -> dict[str, Any]:
+    spec = loaded.recipe.checkpoint
+    identity: dict[str, Any] = {"sha256": spec.sha256}
+    if spec.sha256 is None:
+        pinned = [source for source in spec.sources if source.type == "hub"]
+        local = [loaded.path.parent / source.path for source in spec.sources if source.type == "local"]
+        present = [path for path in local if path.exists()]
+        if present:
+            identity["sha256"] = digest.of_file(present[0]) if present[0].is_file() else digest.of_tree(present[0])
+        elif pinned:
+            identity["revision"] = f"{pinned[0].repo}@{pinned[0].revision}"
+        else:
+            raise CheckpointError(
+                f"there is no checkpoint at {', '.join(map(str, local))}",
+                where=str(loaded.path),
+                fix="correct checkpoint.sources; paths start at the recipe's folder",
+            )
+    if spec.adapter:
+        adapter = loaded.path.parent / spec.adapter
+        if not adapter.is_dir():
+            raise CheckpointError(f"there is no adapter at {adapter}", where=str(loaded.path))
+        identity["adapter"] = digest.of_tree(adapter)
+    given = loaded.recipe.architecture
+    identity["architecture"] = given.model_dump() if given else None
+    return identity
+
+
+def _context(loaded: Loaded) -> dict[str, Any]:
+    return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(loaded.path.parent.resolve())}
+
+
+def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
+    """Rough needs, from the sizes of the weights.
+
+    The factors are what Qwen2.5-0.5B took on two cores, rounded up: converting holds the float32 weights one and a
+    half times; export and reference once, and a bit; quantization one vocabulary matrix; runtimes 1 GB.
+    """
+    if shape is None:
+        weights = 4 * (recipe.checkpoint.size or _GB)
+        vocabulary = weights // 8
+        packed = weights // 4
+    else:
+        weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
+        vocabulary = 4 * shape.vocabulary_parameters
+        bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else 32
+        packed = shape.body_parameters * bits // 8 + vocabulary // 4 * (5 if recipe.quantize.embedding == "float" else 2)
+    fetched = recipe.checkpoint.size or 0
+    window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
+    seconds = weights / _GB  # a step's time is proportional to the weights it reads
+    table = {
+        "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
+        "export": Estimate(weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)),
+        "quantize": Estimate(3 * vocabulary + _GB, packed, 8 + int(14 * seconds)),
+        "validate": Estimate(weights + packed + 6 * window + 2 * _GB, 0, 20 + int(50 * seconds)),
+        "package": Estimate(_GB, 2 * packed, 5),
+    }
+    return table[stage]

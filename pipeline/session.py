@@ -1,0 +1,84 @@
+"""Opening a package with onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PackageError, RuntimeMissing
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded package: the runtime's model, and the facts of its ``genai_config.json`` that callers need."""
+
+    package: Path
+    model: Any
+    config: dict[str, Any]
+    threads: int
+
+    @property
+    def context_length(self) -> int:
+        """Largest number of tokens, prompt and answer together."""
+        return int(self.config["model"]["context_length"])
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        eos = self.config["model"]["eos_token_id"]
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.config["model"]["vocab_size"])
+
+
+def runtime() -> Any:
+    """The onnxruntime_genai module, with telemetry off.
+
+    Raises:
+        RuntimeMissing: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise RuntimeMissing(
+            "onnxruntime-genai cannot be loaded", why=str(error), fix="pip install '.[serve]'"
+        ) from None
+    return onnxruntime_genai
+
+
+def available_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_package(package: Path, threads: int | None = None) -> Session:
+    """Load a package.
+
+    ONNX Runtime guesses one thread on many virtual machines, where hyper-threads look like one core;
+    the number of usable cores is therefore set at load time (not in the package: it is a fact of the machine).
+
+    Raises:
+        PackageError: the configuration or the model cannot be loaded.
+        RuntimeMissing: onnxruntime-genai is not installed.
+    """
+    og = runtime()
+    threads = threads or available_threads()
+    try:
+        config = json.loads((package / "genai_config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{package} has no readable genai_config.json", why=str(error)) from None
+    try:
+        settings = og.Config(str(package))
+        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        settings.overlay(json.dumps(overlay))
+        model = og.Model(settings)
+    except Exception as error:  # the binding raises bare exceptions of the C++ side
+        raise PackageError(f"{package} cannot be loaded by onnxruntime-genai", why=str(error).split("\n")[0]) from None
+    return Session(package, model, config, threads)
