@@ -7,6 +7,7 @@ largest weight and not by the model.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ def _gathers_rows(node: onnx.NodeProto) -> bool:
 
 def _path(node: onnx.NodeProto, tensor: str) -> str:
     """Node names follow the modules (``/model/layers.0/mlp/up_proj/MatMul``) in both exporters."""
-    parts = [part for part in node.name.split("/") if part]
+    parts = [part for part in re.sub(r"_Q[48]$", "", node.name).split("/") if part]
     while parts and parts[-1].startswith(("MatMul", "Gather")):
         parts.pop()
     return ".".join(parts) or tensor
@@ -271,18 +272,139 @@ def _gather_from_head(
     import onnx
 
     parts = list(model.graph.node[head.node].input)[1:]
+    groups = head.columns // scheme.block_size
+    dims = (head.columns * scheme.bits // 8, groups, -(-groups * scheme.bits // 8))
     names = []
-    for part in parts:
+    for part, columns in zip(parts, dims, strict=False):
         alias = onnx.TensorProto()
         alias.CopyFrom(written[part])
         alias.name = f"embedding.{part}"
-        if part == parts[0]:
-            alias.dims[:] = [head.rows, head.columns * scheme.bits // 8]
+        alias.dims[:] = [head.rows, columns]
         written[alias.name] = alias
         names.append(alias.name)
     node = model.graph.node[embedding.node]
     attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
     _become(node, "GatherBlockQuantized", [names[0], node.input[1], *names[1:]], attributes)
+
+
+def repack(model: onnx.ModelProto, source: Path, writer: ExternalDataWriter, share: tuple[Weight, Weight] | None) -> None:
+    """Move all weights to ``writer``; with ``share`` = (head, embedding), gather from the head's quantized weight.
+
+    Args:
+        model: edited in place; its external data lies in the folder ``source``.
+        share: the float model's head and embedding; the head has become ``MatMulNBits`` since.
+
+    Raises:
+        StageError: the embedding cannot be shared.
+    """
+    scheme = None
+    if share:
+        head, embedding = (_find_again(model, weight) for weight in share)
+        scheme = _scheme_of(model.graph.node[head.node])
+        _check_shareable(head, embedding, {head.path: scheme} if scheme else {})
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    used = {name for node in model.graph.node for name in node.input}
+    if share:
+        used -= {model.graph.node[embedding.node].input[0]}
+    written = {
+        name: writer.write(name, read_tensor(tensor, source), tensor.data_type)
+        for name, tensor in initializers.items()
+        if name in used
+    }
+    if share and scheme:
+        _gather_from_head(model, head, embedding, scheme, written)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(written[name] for name in sorted(written))
+
+
+def _find_again(model: onnx.ModelProto, weight: Weight) -> Weight:
+    """The same weight in a model whose nodes a pass has renamed and reordered."""
+    for index, node in enumerate(model.graph.node):
+        if _path(node, "") == weight.path:
+            return Weight(weight.path, index, weight.role, weight.rows, weight.columns)
+    raise StageError(f"weight {weight.path} is gone", why="a pass has renamed or removed its node")
+
+
+def _scheme_of(node: onnx.NodeProto) -> WeightScheme | None:
+    if node.op_type != "MatMulNBits":
+        return None
+    values = {attribute.name: attribute.i for attribute in node.attribute}
+    return WeightScheme(bits=values["bits"], block_size=values["block_size"], symmetric=len(node.input) < 4)
+
+
+_LAST_TOKEN = "/lm_head/last_token"
+
+
+def prune_head(model: onnx.ModelProto) -> None:
+    """Let the head see the last token of a prompt only: logits become ``[batch, 1, vocabulary]``.
+
+    Generation needs no others, and 152 k float32 logits a token make prefill slow and large.
+
+    Raises:
+        StageError: the graph has no output head.
+    """
+    import onnx
+
+    head = _head(model)
+    for suffix, value in (("starts", [-1]), ("ends", [2**63 - 1]), ("axes", [1])):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), f"{_LAST_TOKEN}/{suffix}"))
+    inputs = [head.input[0], *(f"{_LAST_TOKEN}/{suffix}" for suffix in ("starts", "ends", "axes"))]
+    node = onnx.helper.make_node("Slice", inputs, [f"{_LAST_TOKEN}/output_0"], name=f"{_LAST_TOKEN}/Slice")
+    model.graph.node.insert(list(model.graph.node).index(head), node)
+    head.input[0] = node.output[0]
+
+
+def unprune_head(model: onnx.ModelProto) -> bool:
+    """Undo `prune_head`; ``False`` when the head already sees all tokens."""
+    for node in model.graph.node:
+        if node.name == f"{_LAST_TOKEN}/Slice":
+            _head(model).input[0] = node.input[0]
+            model.graph.node.remove(node)
+            return True
+    return False
+
+
+def _head(model: onnx.ModelProto) -> onnx.NodeProto:
+    outputs = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "MatMulNBits") and outputs.intersection(node.output):
+            return node
+    raise StageError("the graph has no output head", why="no MatMul writes a graph output")
+
+
+def interface(model: onnx.ModelProto) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the graph's inputs and outputs."""
+    return tuple(value.name for value in model.graph.input), tuple(value.name for value in model.graph.output)
+
+
+def restore_outputs(model: onnx.ModelProto, wanted: tuple[str, ...]) -> None:
+    """Give renamed graph outputs (Olive's RTN pass makes ``logits`` ``logits_Q4``) their names back."""
+    names = {value.name for value in model.graph.output}
+    for name in wanted:
+        renamed = [other for other in names if other.startswith(f"{name}_Q")]
+        if name in names or len(renamed) != 1:
+            continue
+        for node in model.graph.node:
+            node.input[:] = [name if item == renamed[0] else item for item in node.input]
+            node.output[:] = [name if item == renamed[0] else item for item in node.output]
+        for value in model.graph.output:
+            value.name = name if value.name == renamed[0] else value.name
+
+
+def stored_bits(model: onnx.ModelProto, folder: Path) -> int:
+    """Bits of all weights as stored, shared bytes counted once."""
+    import onnx
+
+    extents: set[tuple[str, int, int]] = set()
+    inline = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            length = int(entry.get("length", (folder / entry["location"]).stat().st_size))
+            extents.add((entry["location"], int(entry.get("offset", 0)), length))
+        else:
+            inline += tensor.ByteSize()
+    return 8 * (inline + sum(length for _, _, length in extents))
 
 
 def _become(node: onnx.NodeProto, op_type: str, inputs: list[str], attributes: dict[str, int]) -> None:
