@@ -1,0 +1,173 @@
+"""Telling what goes on: bars on a terminal, plain lines in CI, JSON events for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Protocol
+
+from pipeline.artifact import Artifact, Step
+from pipeline.errors import QwenOnnxError
+
+
+class Reporter(Protocol):
+    """What the runner tells."""
+
+    def hit(self, artifact: Artifact) -> None:
+        """A step was found in the store."""
+
+    def start(self, step: Step) -> None:
+        """A step begins."""
+
+    def progress(self, stage: str, part: float, what: str) -> None:
+        """A step is at ``part`` in [0, 1]."""
+
+    def done(self, artifact: Artifact) -> None:
+        """A step has been made and stored."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def close(self) -> None:
+        """Nothing more will be told."""
+
+
+class Lines:
+    """One line for each thing that happens, and one every half minute of a long step."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def hit(self, artifact: Artifact) -> None:
+        print(f"{artifact.stage:<11} cached    {artifact.key[:12]}", flush=True)
+
+    def start(self, step: Step) -> None:
+        self._last = time.monotonic()
+        print(f"{step.stage:<11} running   {step.key[:12]}  (about {step.estimate.seconds} s)", flush=True)
+
+    def progress(self, stage: str, part: float, what: str) -> None:
+        if time.monotonic() - self._last > 30:
+            self._last = time.monotonic()
+            print(f"{stage:<11} {part:7.0%}   {what}", flush=True)
+
+    def done(self, artifact: Artifact) -> None:
+        print(f"{artifact.stage:<11} done      {artifact.key[:12]}  {summary(artifact)}", flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bars:
+    """A live bar for the running step; finished steps stay as lines."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console = Console()
+        self._bars = Progress(
+            TextColumn("{task.fields[stage]:<11}"),
+            BarColumn(24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._bars.start()
+
+    def hit(self, artifact: Artifact) -> None:
+        self._console.print(f"{artifact.stage:<11} [cyan]cached[/]  {artifact.key[:12]}", highlight=False)
+
+    def start(self, step: Step) -> None:
+        self._task = self._bars.add_task(f"about {step.estimate.seconds} s", total=1.0, stage=step.stage)
+
+    def progress(self, stage: str, part: float, what: str) -> None:  # noqa: ARG002
+        self._bars.update(self._task, completed=part, description=what)
+
+    def done(self, artifact: Artifact) -> None:
+        self._bars.remove_task(self._task)
+        line = f"{artifact.stage:<11} [green]done[/]    {artifact.key[:12]}  {summary(artifact)}"
+        self._console.print(line, highlight=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+class Events:
+    """One JSON object a line."""
+
+    def hit(self, artifact: Artifact) -> None:
+        self.emit("hit", stage=artifact.stage, key=artifact.key, digest=artifact.digest)
+
+    def start(self, step: Step) -> None:
+        self.emit("start", stage=step.stage, key=step.key)
+
+    def progress(self, stage: str, part: float, what: str) -> None:
+        self.emit("progress", stage=stage, part=round(part, 4), what=what)
+
+    def done(self, artifact: Artifact) -> None:
+        self.emit(
+            "done",
+            stage=artifact.stage,
+            key=artifact.key,
+            digest=artifact.digest,
+            seconds=round(artifact.seconds, 1),
+            peak_memory=artifact.peak_memory,
+            bytes=artifact.size,
+            facts=dict(artifact.facts),
+        )
+
+    def note(self, text: str) -> None:
+        self.emit("note", text=text)
+
+    def close(self) -> None:
+        pass
+
+    def emit(self, event: str, **data: Any) -> None:
+        """Write one event."""
+        print(json.dumps({"event": event, **data}, ensure_ascii=False), flush=True)
+
+
+def reporter(as_json: bool) -> Reporter:
+    """The reporter for where standard output goes."""
+    if as_json:
+        return Events()
+    return Bars() if sys.stdout.isatty() else Lines()
+
+
+def summary(artifact: Artifact) -> str:
+    """Seconds, peak memory, size on disk and, where there are any, bits per weight."""
+    parts = [
+        f"{artifact.seconds:.0f} s",
+        f"peak {artifact.peak_memory / 1e9:.1f} GB",
+        f"{artifact.size / 1e6:.0f} MB",
+    ]
+    if "bits_per_weight" in artifact.facts:
+        parts.append(f"{artifact.facts['bits_per_weight']:.2f} bits/weight")
+    return ", ".join(parts)
+
+
+def show_error(error: QwenOnnxError, as_json: bool) -> None:
+    """Write an expected error: to standard error for people, as an event for machines."""
+    if as_json:
+        Events().emit("error", exit_code=error.exit_code, **error.as_dict())
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """Rows as aligned columns."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,229 @@
+"""Walk a plan against a store: hit, or run in a process of its own and publish."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.artifact import Artifact, Step
+from pipeline.errors import GateError, QwenOnnxError, ResourceError, StageError, from_dict
+from pipeline.report import Reporter
+from pipeline.store import Store
+
+# Left free on the disk and in memory for everything else.
+_SPARE = 500_000_000
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the steps that are still to run need, and what the machine has; bytes and seconds."""
+
+    memory: int
+    disk: int
+    seconds: int
+    free_memory: int
+    free_disk: int
+
+
+def need(steps: Sequence[Step], store: Store) -> Need:
+    """Sum up the estimates of all steps that are not in the store."""
+    import psutil
+
+    missing = [step.estimate for step in steps if store.get(step.stage, step.key) is None]
+    return Need(
+        memory=max((estimate.memory for estimate in missing), default=0),
+        disk=sum(estimate.disk for estimate in missing),
+        seconds=sum(estimate.seconds for estimate in missing),
+        free_memory=psutil.virtual_memory().available,
+        free_disk=shutil.disk_usage(store.root).free,
+    )
+
+
+def check(needed: Need) -> None:
+    """Refuse a build that this machine cannot hold.
+
+    Raises:
+        ResourceError: memory or disk is too small.
+    """
+    if needed.memory > needed.free_memory:
+        raise ResourceError(
+            f"the build needs about {needed.memory / 1e9:.1f} GB of memory, {needed.free_memory / 1e9:.1f} GB are free",
+            why="a build that runs out of memory is killed without a word",
+            fix="close other programs, or build on a larger machine",
+        )
+    if needed.disk and needed.disk + _SPARE > needed.free_disk:
+        raise ResourceError(
+            f"the build needs about {needed.disk / 1e9:.1f} GB of disk, {needed.free_disk / 1e9:.1f} GB are free",
+            fix="free some space (`qwen-onnx store gc`), or choose another place with --store",
+        )
+
+
+def build(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, Artifact]:
+    """Bring every step's artifact into the store, and return them by stage.
+
+    Raises:
+        GateError: validation was refused; its report stays in the store, as the last artifact.
+        QwenOnnxError: whatever made a step fail.
+    """
+    done: dict[str, Artifact] = {}
+    if any(store.get(step.stage, step.key) is None for step in steps):
+        check(need(steps, store))
+    for step in steps:
+        inputs = {name: done[name] for name in step.inputs}
+        done[step.stage] = _one(step, inputs, store, reporter)
+        refused = done[step.stage].facts.get("refused")
+        if refused:
+            raise GateError(**{key: value for key, value in refused.items() if key != "error"})
+    return done
+
+
+def _one(step: Step, inputs: Mapping[str, Artifact], store: Store, reporter: Reporter) -> Artifact:
+    hit = store.get(step.stage, step.key)
+    if hit:
+        reporter.hit(hit)
+        return hit
+    with store.lock(step.key, lambda: reporter.note(f"{step.stage}: another build is at it, waiting")) as lock:
+        hit = store.get(step.stage, step.key)
+        if hit:
+            reporter.hit(hit)
+            return hit
+        for artifact in inputs.values():
+            _check_input(artifact, store)
+        reporter.start(step)
+        started = time.monotonic()
+        with store.workspace(step) as out_dir:
+            facts, peak = _run(step, inputs, out_dir, store, lock, reporter)
+            try:
+                artifact = store.publish(step, out_dir, facts, time.monotonic() - started, peak)
+            except OSError as error:
+                raise ResourceError(
+                    f"the result of {step.stage} cannot be stored",
+                    why=str(error),
+                    fix="free some space and run the same command again",
+                ) from None
+        reporter.done(artifact)
+        return artifact
+
+
+def _check_input(artifact: Artifact, store: Store) -> None:
+    """A step that runs reads its inputs by content: a flipped bit in the store must not travel on."""
+    problems = store.problems(artifact)
+    if problems:
+        store.remove(artifact)
+        raise StageError(
+            f"the stored {artifact.stage} was damaged: {problems[0]}",
+            why="its files do not have the digests they were stored with; it has been removed",
+            fix="run the same command again: it will be made anew",
+        )
+
+
+def _run(
+    step: Step, inputs: Mapping[str, Artifact], out_dir: Path, store: Store, lock: int, reporter: Reporter
+) -> tuple[dict[str, Any], int]:
+    """Run a step in a worker; returns its facts and its peak resident memory in bytes."""
+    log = store.root / "logs" / f"{step.stage}-{step.key[:16]}.log"
+    read_end, write_end = os.pipe()
+    context = {**step.context, "downloads": str((store.root / "downloads").resolve())}
+    job = {
+        "step": {**step.as_dict(), "context": context},
+        "inputs": {name: {**asdict(artifact), "path": str(artifact.path)} for name, artifact in inputs.items()},
+        "out_dir": str(out_dir),
+        "events": write_end,
+        "parent": os.getpid(),
+    }
+    job_file = out_dir.parent / "job.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    with log.open("wb") as output:
+        # The worker inherits the lock: if this process is killed, nobody else starts until the worker is gone too.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.worker", str(job_file)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(write_end, lock),
+            start_new_session=True,
+        )
+    os.close(write_end)
+    outcome: dict[str, Any] = {}
+    with _ended(process), os.fdopen(read_end) as events:
+        for line in events:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                reporter.progress(step.stage, event["part"], event["what"])
+            else:
+                outcome = event
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    job_file.unlink()
+    if outcome.get("event") == "error":
+        raise _located(from_dict(outcome), log)
+    if outcome.get("event") != "result" or process.returncode:
+        raise _died(step, process.returncode, log)
+    facts = dict(outcome["facts"])
+    if outcome["refused"]:
+        facts["refused"] = outcome["refused"]
+    return facts, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leave no worker behind, whatever happens to this process's attention."""
+    try:
+        yield
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _located(error: QwenOnnxError, log: Path) -> QwenOnnxError:
+    if isinstance(error, StageError) and not error.fix:
+        error.fix = f"read {log}"
+    return error
+
+
+def _died(step: Step, code: int, log: Path) -> QwenOnnxError:
+    if code == -signal.SIGKILL:
+        return ResourceError(
+            f"{step.stage} was killed",
+            why=f"by the system, most likely for want of memory (about {step.estimate.memory / 1e9:.1f} GB are needed)",
+            fix="close other programs, or build on a larger machine, and run the same command again",
+        )
+    return StageError(f"{step.stage} ended without a result (exit code {code})", fix=f"read {log}")
+
+
+def install(package: Artifact, folder: Path, pause: Callable[[], None] = lambda: None) -> bool:
+    """Copy a package out of the store to ``folder``, all at once; ``False`` when it is already there, byte by byte.
+
+    ``pause`` is called between copying and renaming.
+    """
+    from pipeline import verify
+
+    with contextlib.suppress(QwenOnnxError, OSError):
+        if verify.check_files(folder).digest == verify.read_digest(package.path):
+            return False
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
+    try:
+        shutil.copytree(package.path, temporary)
+        pause()
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as error:
+        raise ResourceError(f"the package cannot be written to {folder}", why=str(error)) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return True

@@ -1,0 +1,34 @@
+"""Fetch a checkpoint and write it as float32 safetensors with its tokenizer: the PyTorch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.errors import CheckpointError
+from pipeline.recipe import Checkpoint
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:  # noqa: ARG001
+    """Write ``config.json``, ``model.safetensors`` and the tokenizer files.
+
+    Raises:
+        DownloadError: no source could be reached.
+        CheckpointError: the bytes are not what was pinned, or are no supported checkpoint.
+    """
+    base = Path(step.context["base"])
+    spec = Checkpoint.model_validate(step.context["checkpoint"], strict=False)
+    source = checkpoint.fetch(spec, Path(step.context["downloads"]), base, lambda part, what: progress(part / 4, what))
+    adapter = base / spec.adapter if spec.adapter else None
+    facts = checkpoint.prepare(source, adapter, out_dir, lambda part, what: progress((1 + 3 * part) / 4, what))
+    planned = step.fields.get("architecture") or {}
+    wrong = [f"{key} is {facts.get(key)}, not {value}" for key, value in planned.items() if facts.get(key) != value]
+    if wrong:
+        raise CheckpointError(
+            "the checkpoint is not the architecture that the recipe states",
+            why="; ".join(wrong),
+            fix="correct the recipe's `architecture`, or remove it",
+        )
+    return Result(facts)

@@ -1,0 +1,64 @@
+"""Write a checkpoint as a float ONNX graph that onnxruntime-genai can run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import graph, olive
+from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.recipe import Export
+
+# Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
+SIDECARS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
+    """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer files.
+
+    Raises:
+        StageError: the exporter failed, or wrote something else.
+        RecipeError: it does not take an option.
+    """
+    import onnx
+
+    spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
+    source = inputs["checkpoint"].path
+    olive.check_options(spec.exporter, spec.options, "export.options")
+    work = out_dir / "export"
+    work.mkdir()
+    progress(0.1, f"Olive with {spec.exporter}")
+    exporter = olive.export_genai if spec.exporter == "genai" else olive.export_optimum
+    exporter(source, work, spec.options)
+    progress(0.8, "packing weights")
+    model = graph.load(work / "model.onnx")
+    inputs_before = graph.interface(model)
+    with graph.ExternalDataWriter(out_dir / "model.onnx.data") as writer:
+        if spec.last_token_head:
+            graph.prune_head(model)
+        graph.repack(model, work, writer, None)
+    onnx.save(model, str(out_dir / "model.onnx"))
+    shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
+    shutil.rmtree(work)
+    for name in SIDECARS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out_dir / name)
+    return Result(
+        {
+            "exporter": spec.exporter,
+            "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
+            "inputs": len(inputs_before[0]),
+            "operators": graph.operators(model),
+        }
+    )

@@ -1,0 +1,33 @@
+"""Quantize the weights of an exported graph, and carry everything else along."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline import olive
+from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.errors import StageError
+from pipeline.scheme import Scheme
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
+    """Write the quantized ``model.onnx`` and ``model.onnx.data``, and copy the other files of the export.
+
+    Raises:
+        StageError: a pass failed, yielded nothing, or changed what it must not.
+        RecipeError: a pass does not take an option, or a pattern matches no weight.
+    """
+    fields = {key: step.fields[key] for key in Scheme.model_fields}
+    scheme = Scheme.model_validate(fields, strict=False)
+    if scheme.algorithm in olive.PASSES:
+        olive.check_options(scheme.algorithm, scheme.options, "quantize.options")
+    source = inputs["export"].path
+    facts = olive.quantize(source, out_dir, scheme, progress)
+    for path in sorted(source.iterdir()):
+        if not path.name.startswith("model.onnx"):
+            shutil.copyfile(path, out_dir / path.name)
+    if not (out_dir / "genai_config.json").is_file():
+        raise StageError("genai_config.json is missing after quantization")
+    return Result({"algorithm": scheme.algorithm, **facts})
