@@ -13,6 +13,8 @@ from pipeline.errors import PackageError
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
+VALIDATION = "validation.json"
+GOLDEN = "golden.jsonl"
 SCHEMA_VERSION = 1
 
 Progress = Callable[[float, str], None]
@@ -26,6 +28,17 @@ class Estimate:
     memory: int
     disk: int
     seconds: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the steps that are still to run need, and what the machine has; bytes and seconds."""
+
+    memory: int
+    disk: int
+    seconds: int
+    free_memory: int
+    free_disk: int
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,10 @@ def _schema_problem(data: Any) -> str:
     for name, entry in data["files"].items():
         if "/" in name or "\\" in name or name in ("", ".", "..") or name.startswith("."):
             return f"file name {name!r}: a package is one flat directory"
-        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("sha256"), str):
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
             return f"file {name!r} has no size or sha256"
     return ""

@@ -11,7 +11,7 @@ The packed layout is that of the ``com.microsoft`` operators ``MatMulNBits`` and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +75,7 @@ def quantize(weight: npt.NDArray[np.float32], bits: int, block_size: int, symmet
     error = total = 0.0
     step = max(1, _CHUNK // (groups * block_size))
     for start in range(0, rows, step):
-        part = np.ascontiguousarray(weight[start : start + step], np.float32)
+        part = np.array(weight[start : start + step], np.float32, order="C")  # a copy: torch takes no read-only map
         if padding := groups * block_size - columns:
             part = np.pad(part, ((0, 0), (0, padding)))
         blocks = torch.from_numpy(part).view(-1, block_size)
@@ -93,6 +93,28 @@ def quantize(weight: npt.NDArray[np.float32], bits: int, block_size: int, symmet
         scale=scale,
         zero_point=None if symmetric else _pack(zero, bits),
         relative_error=error / total if total else 0.0,
+    )
+
+
+def fit(blocks: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (``[M]`` float32 each) that round ``blocks`` (``[M, B]``) with the least squared error."""
+    _, scale, zero, _ = _quantize_blocks(blocks, bits, symmetric)
+    return scale[:, 0], zero[:, 0].float()
+
+
+def assemble(
+    codes: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.uint8] | None,
+    bits: int,
+    weight: npt.NDArray[np.float32],
+) -> BlockQuantized:
+    """Pack codes (``[N, G, B]``), scales and zero points (``[N, G]``) that stand for ``weight`` (``[N, K]``)."""
+    packed = BlockQuantized(_pack(codes, bits), scale, None if zero is None else _pack(zero, bits), 0.0)
+    difference = dequantize(packed, bits, weight.shape[1]) - weight
+    total = float(np.square(weight, dtype=np.float64).sum())
+    return replace(
+        packed, relative_error=float(np.square(difference, dtype=np.float64).sum()) / total if total else 0.0
     )
 
 
@@ -174,7 +196,8 @@ def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
         return codes
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], axis=-1)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    high = np.left_shift(codes[..., 1::2], 4, dtype=np.uint8)
+    return np.bitwise_or(codes[..., 0::2], high, dtype=np.uint8)
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:

@@ -39,6 +39,4 @@ def of_tree(folder: Path, files: dict[str, str] | None = None) -> str:
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative POSIX path → sha256 of every file below ``folder``."""
-    return {
-        path.relative_to(folder).as_posix(): of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): of_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -103,7 +103,7 @@ class PackageError(QwenOnnxError):
     exit_code = 9
 
 
-class RuntimeMissing(QwenOnnxError):
+class RuntimeMissing(QwenOnnxError):  # noqa: N818 - what is missing is the runtime
     """A library or execution provider that is absent or does not fit."""
 
     exit_code = 10

@@ -18,19 +18,21 @@ class Family:
         architecture: the transformers class.
         exporters: which exporters can write its graph.
         title: what people call it.
+        head_dim: what transformers takes when config.json has none; ``None`` is hidden size / attention heads.
     """
 
     model_type: str
     architecture: str
     exporters: tuple[str, ...]
     title: str
+    head_dim: int | None = None
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum"), "Qwen1.5, Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum"), "Qwen3"),
+        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum"), "Qwen3", head_dim=128),
     )
 }
 
@@ -62,12 +64,16 @@ class Shape:
         return self.vocabulary * self.hidden
 
 
+# Our field → its key in config.json.
 _FIELDS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
     "intermediate": "intermediate_size",
     "heads": "num_attention_heads",
     "vocabulary": "vocab_size",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
 }
 
 
@@ -75,8 +81,11 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     """The `Shape` that a ``config.json`` describes.
 
     Raises:
-        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer.
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
+            also when ``config`` is no mapping, which JSON allows.
     """
+    if not isinstance(config, Mapping):
+        raise CheckpointError("config.json is no JSON object", where=where)
     if "auto_map" in config:
         raise CheckpointError(
             "the checkpoint asks for code of its own (auto_map)",
@@ -94,16 +103,20 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             where=where,
             fix=f"supported: {known}",
         )
-    sizes = {field: config.get(key) for field, key in _FIELDS.items()}
-    sizes["kv_heads"] = config.get("num_key_value_heads") or sizes["heads"]
-    bad = [field for field, value in sizes.items() if type(value) is not int or value <= 0]
+    sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
+    hidden, heads = sizes["hidden"], sizes["heads"]
+    divides = _is_size(hidden) and _is_size(heads) and hidden % heads == 0
+    defaults = {
+        "kv_heads": heads,
+        "head_dim": family.head_dim or (hidden // heads if divides else None),
+        "context": 32768,
+    }
+    sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
+    bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
     if bad:
-        raise CheckpointError(f"config.json has no valid value for: {', '.join(bad)}", where=where)
-    head_dim = config.get("head_dim") or sizes["hidden"] // sizes["heads"]  # type: ignore[operator]
-    return Shape(
-        model_type=family.model_type,
-        head_dim=head_dim,
-        context=config.get("max_position_embeddings", 32768),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        **sizes,  # type: ignore[arg-type]
-    )
+        raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
+    return Shape(model_type=family.model_type, tied=bool(config.get("tie_word_embeddings", False)), **sizes)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0  # a bool is an int, too

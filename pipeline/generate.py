@@ -49,9 +49,7 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
     return og.Generator(session.model, parameters)
 
 
-def stream(
-    session: Session, prompt: Sequence[int], limit: int, sampling: Sampling | None = None
-) -> Iterator[int]:
+def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampling | None = None) -> Iterator[int]:
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
 
     Raises:
@@ -123,3 +121,7 @@ class TextStream:
         piece = text[self._shown :]
         self._shown = len(text)
         return str(piece)
+
+    def rest(self) -> str:
+        """What was held back when no more tokens came."""
+        return str(self._tokenizer.decode(self._ids)[self._shown :])

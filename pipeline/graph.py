@@ -1,14 +1,14 @@
 """Named edits on ONNX graphs whose weights stay on disk.
 
-A graph is an ``onnx.ModelProto`` loaded without its external data; weights are read one at a time as
-memory maps, and written one at a time by `ExternalDataWriter`, so that peak memory is bounded by the
-largest weight and not by the model.
+A graph is an ``onnx.ModelProto`` loaded without its external data; edits read and write weights one at a time
+(`pipeline.external_data`).
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +17,18 @@ import numpy as np
 
 from pipeline import blockwise
 from pipeline.errors import StageError
+from pipeline.external_data import ExternalDataWriter, read_tensor
 from pipeline.scheme import WeightScheme
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx
 
+    from pipeline.artifact import Progress
+
 MICROSOFT = "com.microsoft"
 
-# ONNX Runtime maps external data from the file; on a page boundary it needs no copy.
-_ALIGNMENT = 4096
-
-# Smaller tensors stay inside the model file, where shape inference can see them.
-_INLINE_BYTES = 1024
+QuantizeWeight = Callable[[str, "npt.NDArray[np.float32]", WeightScheme], blockwise.BlockQuantized]
 
 
 @dataclass(frozen=True)
@@ -62,59 +61,12 @@ def load(path: Path) -> onnx.ModelProto:
         StageError: the file is missing or is not an ONNX model.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return onnx.load(str(path), load_external_data=False)
     except (OSError, DecodeError) as error:
         raise StageError(f"{path.name} cannot be read as an ONNX model", where=str(path), why=str(error)) from error
-
-
-def read_tensor(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
-    """The values of an initializer, as a read-only memory map where they are external data."""
-    import onnx
-
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return onnx.numpy_helper.to_array(tensor)
-    external = {entry.key: entry.value for entry in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(
-        folder / external["location"], dtype, "r", offset=int(external.get("offset", 0)), shape=tuple(tensor.dims)
-    )
-
-
-class ExternalDataWriter:
-    """Writes initializers one after the other into a single external-data file.
-
-    Two runs over the same tensors write the same bytes: padding is zero, the order is the caller's.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
-
-    def __enter__(self) -> ExternalDataWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, name: str, values: npt.NDArray[Any], data_type: int | None = None) -> onnx.TensorProto:
-        """Append ``values`` and return the initializer that refers to them (inline when it is tiny)."""
-        import onnx
-
-        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype) if data_type is None else data_type
-        tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
-        if values.nbytes < _INLINE_BYTES:
-            tensor.raw_data = np.ascontiguousarray(values).tobytes()
-            return tensor
-        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
-        offset = self._file.tell()
-        np.ascontiguousarray(values).tofile(self._file)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._path.name), ("offset", offset), ("length", values.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
 
 
 def weights(model: onnx.ModelProto) -> list[Weight]:
@@ -151,10 +103,14 @@ def quantize_weights(
     model: onnx.ModelProto,
     source: Path,
     writer: ExternalDataWriter,
-    schemes: dict[str, WeightScheme],
-    accuracy_level: int,
-    share_embedding: bool,
-    progress: Any = None,
+    schemes: Mapping[str, WeightScheme],
+    *,
+    accuracy_level: int = 0,
+    share_embedding: bool = False,
+    quantize: QuantizeWeight = lambda _, values, scheme: blockwise.quantize(
+        values, scheme.bits, scheme.block_size, scheme.symmetric
+    ),
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Replace MatMul and Gather weights by block-quantized ones, and move all others to ``writer``.
 
@@ -163,7 +119,8 @@ def quantize_weights(
         schemes: for each `Weight.path` its scheme; weights without an entry keep their type.
         accuracy_level: ``MatMulNBits`` attribute: 0 unset, 1 float32, 4 int8 activations.
         share_embedding: gather from the quantized head instead of storing the embedding.
-        progress: called with (weights done, weights in all, path) after each weight.
+        quantize: given a path, its values ``[N, K]`` and its scheme, the quantized weight.
+        progress: called after each weight, with its path.
 
     Returns:
         For each quantized path its relative squared error.
@@ -171,14 +128,11 @@ def quantize_weights(
     Raises:
         StageError: the embedding cannot be shared, or a weight has NaN or infinite values.
     """
-    import onnx
-
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     todo = weights(model)
     head = next((weight for weight in todo if weight.role == "head"), None)
     embedding = next((weight for weight in todo if weight.role == "embedding"), None)
-    if share_embedding:
-        _check_shareable(head, embedding, schemes)
+    shared = _shareable(head, embedding, schemes) if share_embedding else None
     written: dict[str, onnx.TensorProto] = {}
     errors: dict[str, float] = {}
     for done, weight in enumerate(todo):
@@ -190,75 +144,71 @@ def quantize_weights(
         values = read_tensor(initializers[name], source)
         values = values.T if node.op_type == "MatMul" else values
         try:
-            quantized = blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
+            quantized = quantize(weight.path, values, scheme)
         except ValueError as error:
             raise StageError(f"weight {weight.path} cannot be quantized", why=str(error)) from error
         errors[weight.path] = quantized.relative_error
-        _replace(node, name, weight, scheme, accuracy_level, quantized, writer, written)
+        packed = quantized.packed.reshape(weight.rows, -1) if node.op_type == "Gather" else quantized.packed
+        parts: dict[str, npt.NDArray[Any]] = {f"{name}_Q{scheme.bits}": packed, f"{name}_scales": quantized.scale}
+        if quantized.zero_point is not None:
+            parts[f"{name}_zero_point"] = quantized.zero_point
+        for part, stored in parts.items():
+            written[part] = writer.write(part, stored)
+        if node.op_type == "MatMul":
+            _become_matmul(node, list(parts), weight, scheme, accuracy_level)
+        else:
+            _become_gather(node, list(parts), scheme)
         if progress is not None:
-            progress(done + 1, len(todo), weight.path)
-    if share_embedding:
-        assert head is not None and embedding is not None
-        _gather_from_head(model, head, embedding, schemes[head.path], written)
+            progress((done + 1) / len(todo), weight.path)
+    if shared:
+        _gather_from_head(model, *shared, written)
+    _move_rest(model, source, writer, written)
+    if not any(entry.domain == MICROSOFT for entry in model.opset_import):
+        model.opset_import.add(domain=MICROSOFT, version=1)
+    return errors
+
+
+def _move_rest(
+    model: onnx.ModelProto, source: Path, writer: ExternalDataWriter, written: dict[str, onnx.TensorProto]
+) -> None:
+    """Move the initializers that are used and not ``written`` yet; drop the unused, and sort them all by name."""
     used = {name for node in model.graph.node for name in node.input}
     for tensor in model.graph.initializer:
         if tensor.name in used and tensor.name not in written:
             written[tensor.name] = writer.write(tensor.name, read_tensor(tensor, source), tensor.data_type)
     del model.graph.initializer[:]
     model.graph.initializer.extend(written[name] for name in sorted(written))
-    if not any(entry.domain == MICROSOFT for entry in model.opset_import):
-        model.opset_import.add(domain=MICROSOFT, version=1)
-    return errors
 
 
-def _check_shareable(head: Weight | None, embedding: Weight | None, schemes: dict[str, WeightScheme]) -> None:
+def _shareable(
+    head: Weight | None, embedding: Weight | None, schemes: Mapping[str, WeightScheme]
+) -> tuple[Weight, Weight, WeightScheme]:
+    """Head, embedding and the head's scheme, if one can be stored for both.
+
+    Raises:
+        StageError: it cannot.
+    """
+    what = "the embedding cannot share the head's weight"
     scheme = schemes.get(head.path) if head else None
     if head is None or embedding is None or scheme is None:
         raise StageError(
-            "the embedding cannot share the head's weight",
+            what,
             why="the graph has no quantized head, or no embedding",
             fix="set `embedding` to a scheme of its own",
         )
     if (head.rows, head.columns) != (embedding.rows, embedding.columns):
         raise StageError(
-            "the embedding cannot share the head's weight",
+            what,
             why=f"their shapes differ: {embedding.rows}x{embedding.columns} and {head.rows}x{head.columns}",
             fix="set `embedding` to a scheme of its own",
         )
     if head.columns % scheme.block_size:
         raise StageError(
-            "the embedding cannot share the head's weight",
+            what,
             why=f"the hidden size {head.columns} is no multiple of the head's block size {scheme.block_size}",
             fix="choose a block size for the head that divides the hidden size",
         )
-
-
-def _replace(
-    node: onnx.NodeProto,
-    name: str,
-    weight: Weight,
-    scheme: WeightScheme,
-    accuracy_level: int,
-    quantized: blockwise.BlockQuantized,
-    writer: ExternalDataWriter,
-    written: dict[str, onnx.TensorProto],
-) -> None:
-    packed, scale, zero = quantized.packed, quantized.scale, quantized.zero_point
-    names = [f"{name}_Q{scheme.bits}", f"{name}_scales", f"{name}_zero_point"]
-    if node.op_type == "Gather":
-        packed = packed.reshape(weight.rows, -1)
-    for part, values in zip(names, (packed, scale, zero), strict=True):
-        if values is not None:
-            written[part] = writer.write(part, values)
-    parts = names if zero is not None else names[:2]
-    if node.op_type == "MatMul":
-        attributes = {"K": weight.columns, "N": weight.rows, "bits": scheme.bits, "block_size": scheme.block_size}
-        if accuracy_level:
-            attributes["accuracy_level"] = accuracy_level
-        _become(node, "MatMulNBits", [node.input[0], *parts], attributes)
-    else:
-        attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
-        _become(node, "GatherBlockQuantized", [parts[0], node.input[1], *parts[1:]], attributes)
+    return head, embedding, scheme
 
 
 def _gather_from_head(
@@ -282,12 +232,15 @@ def _gather_from_head(
         alias.dims[:] = [head.rows, columns]
         written[alias.name] = alias
         names.append(alias.name)
-    node = model.graph.node[embedding.node]
-    attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
-    _become(node, "GatherBlockQuantized", [names[0], node.input[1], *names[1:]], attributes)
+    _become_gather(model.graph.node[embedding.node], names, scheme)
 
 
-def repack(model: onnx.ModelProto, source: Path, writer: ExternalDataWriter, share: tuple[Weight, Weight] | None) -> None:
+def repack(
+    model: onnx.ModelProto,
+    source: Path,
+    writer: ExternalDataWriter,
+    share: tuple[Weight, Weight] | None = None,
+) -> None:
     """Move all weights to ``writer``; with ``share`` = (head, embedding), gather from the head's quantized weight.
 
     Args:
@@ -297,24 +250,30 @@ def repack(model: onnx.ModelProto, source: Path, writer: ExternalDataWriter, sha
     Raises:
         StageError: the embedding cannot be shared.
     """
-    scheme = None
+    written: dict[str, onnx.TensorProto] = {}
     if share:
-        head, embedding = (_find_again(model, weight) for weight in share)
-        scheme = _scheme_of(model.graph.node[head.node])
-        _check_shareable(head, embedding, {head.path: scheme} if scheme else {})
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    used = {name for node in model.graph.node for name in node.input}
-    if share:
-        used -= {model.graph.node[embedding.node].input[0]}
-    written = {
-        name: writer.write(name, read_tensor(tensor, source), tensor.data_type)
-        for name, tensor in initializers.items()
-        if name in used
-    }
-    if share and scheme:
+        found = quantized_schemes(model)
+        head, embedding, scheme = _shareable(_find_again(model, share[0]), _find_again(model, share[1]), found)
+        initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        for name in model.graph.node[head.node].input[1:]:
+            tensor = initializers[name]
+            written[name] = writer.write(name, read_tensor(tensor, source), tensor.data_type)
         _gather_from_head(model, head, embedding, scheme, written)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(written[name] for name in sorted(written))
+    _move_rest(model, source, writer, written)
+
+
+def quantized_schemes(model: onnx.ModelProto) -> dict[str, WeightScheme]:
+    """The schemes of the block-quantized weights of a graph, by `Weight.path`."""
+    found = {}
+    for node in model.graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            values = {attribute.name: attribute.i for attribute in node.attribute}
+            found[_path(node, node.input[0])] = WeightScheme(
+                bits=values["bits"],
+                block_size=values["block_size"],
+                symmetric=len(node.input) < 4,
+            )
+    return found
 
 
 def _find_again(model: onnx.ModelProto, weight: Weight) -> Weight:
@@ -325,14 +284,7 @@ def _find_again(model: onnx.ModelProto, weight: Weight) -> Weight:
     raise StageError(f"weight {weight.path} is gone", why="a pass has renamed or removed its node")
 
 
-def _scheme_of(node: onnx.NodeProto) -> WeightScheme | None:
-    if node.op_type != "MatMulNBits":
-        return None
-    values = {attribute.name: attribute.i for attribute in node.attribute}
-    return WeightScheme(bits=values["bits"], block_size=values["block_size"], symmetric=len(node.input) < 4)
-
-
-_LAST_TOKEN = "/lm_head/last_token"
+_PRUNING = "/lm_head/last_token"
 
 
 def prune_head(model: onnx.ModelProto) -> None:
@@ -347,21 +299,38 @@ def prune_head(model: onnx.ModelProto) -> None:
 
     head = _head(model)
     for suffix, value in (("starts", [-1]), ("ends", [2**63 - 1]), ("axes", [1])):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), f"{_LAST_TOKEN}/{suffix}"))
-    inputs = [head.input[0], *(f"{_LAST_TOKEN}/{suffix}" for suffix in ("starts", "ends", "axes"))]
-    node = onnx.helper.make_node("Slice", inputs, [f"{_LAST_TOKEN}/output_0"], name=f"{_LAST_TOKEN}/Slice")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), f"{_PRUNING}/{suffix}"))
+    inputs = [head.input[0], *(f"{_PRUNING}/{suffix}" for suffix in ("starts", "ends", "axes"))]
+    node = onnx.helper.make_node("Slice", inputs, [f"{_PRUNING}/output_0"], name=f"{_PRUNING}/Slice")
     model.graph.node.insert(list(model.graph.node).index(head), node)
     head.input[0] = node.output[0]
+    _set_length(model, head, 1)
 
 
 def unprune_head(model: onnx.ModelProto) -> bool:
     """Undo `prune_head`; ``False`` when the head already sees all tokens."""
     for node in model.graph.node:
-        if node.name == f"{_LAST_TOKEN}/Slice":
-            _head(model).input[0] = node.input[0]
+        if node.name == f"{_PRUNING}/Slice":
+            head = _head(model)
+            head.input[0] = node.input[0]
             model.graph.node.remove(node)
+            for tensor in [tensor for tensor in model.graph.initializer if tensor.name.startswith(f"{_PRUNING}/")]:
+                model.graph.initializer.remove(tensor)
+            _set_length(model, head, "sequence_length")
             return True
     return False
+
+
+def _set_length(model: onnx.ModelProto, head: onnx.NodeProto, length: int | str) -> None:
+    """Declare how many tokens the logits are for: the runtime allocates them by it."""
+    for value in model.graph.output:
+        if value.name == head.output[0]:
+            dim = value.type.tensor_type.shape.dim[1]
+            dim.Clear()
+            if isinstance(length, int):
+                dim.dim_value = length
+            else:
+                dim.dim_param = length
 
 
 def _head(model: onnx.ModelProto) -> onnx.NodeProto:
@@ -391,20 +360,23 @@ def restore_outputs(model: onnx.ModelProto, wanted: tuple[str, ...]) -> None:
             value.name = name if value.name == renamed[0] else value.name
 
 
-def stored_bits(model: onnx.ModelProto, folder: Path) -> int:
-    """Bits of all weights as stored, shared bytes counted once."""
-    import onnx
+def operators(model: onnx.ModelProto) -> dict[str, int]:
+    """How often each operator occurs, most frequent first; ``com.microsoft`` operators by their bare name."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
-    extents: set[tuple[str, int, int]] = set()
-    inline = 0
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entry = {item.key: item.value for item in tensor.external_data}
-            length = int(entry.get("length", (folder / entry["location"]).stat().st_size))
-            extents.add((entry["location"], int(entry.get("offset", 0)), length))
-        else:
-            inline += tensor.ByteSize()
-    return 8 * (inline + sum(length for _, _, length in extents))
+
+def _become_matmul(
+    node: onnx.NodeProto, parts: list[str], weight: Weight, scheme: WeightScheme, accuracy_level: int
+) -> None:
+    attributes = {"K": weight.columns, "N": weight.rows, "bits": scheme.bits, "block_size": scheme.block_size}
+    if accuracy_level:
+        attributes["accuracy_level"] = accuracy_level
+    _become(node, "MatMulNBits", [node.input[0], *parts], attributes)
+
+
+def _become_gather(node: onnx.NodeProto, parts: list[str], scheme: WeightScheme) -> None:
+    attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
+    _become(node, "GatherBlockQuantized", [parts[0], node.input[1], *parts[1:]], attributes)
 
 
 def _become(node: onnx.NodeProto, op_type: str, inputs: list[str], attributes: dict[str, int]) -> None:
@@ -414,8 +386,3 @@ def _become(node: onnx.NodeProto, op_type: str, inputs: list[str], attributes: d
     node.input[:] = inputs
     del node.attribute[:]
     node.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in sorted(attributes.items()))
-
-
-def operators(model: onnx.ModelProto) -> dict[str, int]:
-    """How often each operator occurs, most frequent first; ``com.microsoft`` operators by their bare name."""
-    return dict(Counter(node.op_type for node in model.graph.node).most_common())

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, texts
+from pipeline import __version__, digest, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
@@ -32,8 +32,12 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("checkpoint", 1, (), ("torch", "transformers", "gguf", "tokenizers", "peft", "safetensors")),
-    Stage("export", 1, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")),
-    Stage("quantize", 1, ("export",), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch")),
+    Stage(
+        "export", 1, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
+    ),
+    Stage(
+        "quantize", 1, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
+    ),
     Stage("validate", 1, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
     Stage("package", 1, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
 )
@@ -61,10 +65,13 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
+    found = versions or {name: installed(name) for name in sorted({name for stage in STAGES for name in stage.tools})}
     steps: dict[str, Step] = {}
     for stage in STAGES:
         fields = _fields(stage.name, loaded)
-        tools = {name: versions[name] if versions else installed(name) for name in stage.tools}
+        tools = {name: found[name] for name in stage.tools}
+        if stage.name == "package":
+            fields |= {"sha256": steps["checkpoint"].fields["sha256"], "tools": {**found, "qwen-onnx": __version__}}
         key = digest.of_value(
             {
                 "stage": stage.name,
@@ -120,7 +127,8 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     if stage == "export":
         return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "io_dtype": target.io_dtype}
     if stage == "quantize":
-        return {**recipe.quantize.model_dump(mode="json"), "target": target.name}
+        fields = {**recipe.quantize.model_dump(mode="json"), "target": target.name}
+        return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm == "gptq" else {})
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
         return {**fields, "text": texts.EVALUATION.sha256, "target": target.name, "provider": target.provider}
@@ -194,7 +202,9 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
         weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
         vocabulary = 4 * shape.vocabulary_parameters
         bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else 32
-        packed = shape.body_parameters * bits // 8 + vocabulary // 4 * (5 if recipe.quantize.embedding == "float" else 2)
+        packed = shape.body_parameters * bits // 8 + vocabulary // 4 * (
+            5 if recipe.quantize.embedding == "float" else 2
+        )
     fetched = recipe.checkpoint.size or 0
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
     seconds = weights / _GB  # a step's time is proportional to the weights it reads

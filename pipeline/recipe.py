@@ -1,34 +1,46 @@
-"""Recipes: strict YAML, resolved into one frozen value.
+"""Recipes: what is built, as one frozen value read from strict YAML.
 
 Everything wrong with a recipe is reported at once, each finding with file, line and the nearest right name.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.errors import RecipeError
+from pipeline import strict_yaml
 from pipeline.family import FAMILIES
 from pipeline.scheme import Frozen, Scheme
+from pipeline.strict_yaml import Document, Finding, Loc, nearest
 from pipeline.target import TARGETS
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_MAX_BYTES = 256 * 1024
+_DIGEST = r"^[0-9a-f]{64}$"
+_COMMIT = r"^[0-9a-f]{40}$"
+_REPO = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+_PINNED = r"^[A-Za-z0-9][\w.-]*==[\w.]+$"
+_IN_WORDS = {
+    _DIGEST: "should be a sha256 (64 hexadecimal digits, lower case)",
+    _COMMIT: "should be a commit (40 hexadecimal digits, lower case), since branches and tags move",
+    _REPO: "should be owner/name",
+    _PINNED: "should be a pinned requirement (name==version)",
+}
+Sha256 = Annotated[str, Field(pattern=_DIGEST)]
+# A name becomes file and folder names, and an argument of commands.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class HubSource(Frozen):
     """A Hugging Face repository at a commit; with ``file``, one GGUF file of it."""
 
     type: Literal["hub"]
-    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    repo: Annotated[str, Field(pattern=_REPO)]
+    revision: Annotated[str, Field(pattern=_COMMIT)]
     file: str | None = None
 
 
@@ -49,7 +61,7 @@ class WheelSource(Frozen):
 class Wheel(Frozen):
     """One pinned wheel and the member in it."""
 
-    requirement: Annotated[str, Field(pattern=r"^[\w.-]+==[\w.]+$")]
+    requirement: Annotated[str, Field(pattern=_PINNED)]
     member: Annotated[str, Field(min_length=1)]
 
 
@@ -102,11 +114,11 @@ class Export(Frozen):
 
     exporter: Literal["genai", "optimum"] = "genai"
     last_token_head: bool = True
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
-Positive = Annotated[float, Field(gt=0, strict=False)]
-Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Gates(Frozen):
@@ -140,8 +152,8 @@ class Generation(Frozen):
 
     context_length: Annotated[int, Field(ge=64)] | None = None
     do_sample: bool = False
-    temperature: Annotated[float, Field(gt=0, le=5, strict=False)] = 0.7
-    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = 0.8
+    temperature: Annotated[float, Field(gt=0, le=5)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.8
     top_k: Annotated[int, Field(ge=1)] = 20
 
 
@@ -171,42 +183,31 @@ class Loaded:
     resolved: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Finding:
-    file: Path
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.text}"
-
-
-Lines = dict[tuple[str | int, ...], tuple[Path, int]]
-
-
 def load(path: Path) -> Loaded:
     """Read ``path`` and what it extends, merge, and check everything.
 
     Raises:
         RecipeError: with all findings, one a line.
     """
-    findings: list[_Finding] = []
-    merged, lines = _read(path, findings, ())
-    if findings:
-        raise _error(path, findings)
+    document = strict_yaml.read(path)
+    findings = [*document.findings]
+    name = f"{path.parent.resolve().name}-{path.stem}"
+    if not _NAME.fullmatch(name):
+        text = f"the recipe's name `{name}`, from its folder and file, may hold only letters, digits and `.`, `_`, `-`"
+        findings.append(Finding(document.place(()), text))
     try:
-        recipe = Recipe.model_validate_json(_as_json(merged))
+        recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        findings = [_explain(item, path, lines) for item in error.errors()]
-        raise _error(path, findings) from None
-    findings = [_Finding(*_line_of(loc, path, lines), text) for loc, text in _contradictions(recipe)]
+        findings += [_explain(item, document) for item in error.errors() if _is_own_fault(item, document)]
+    if not document.refused:  # what could not be read may be what resolves a contradiction
+        findings += [Finding(document.place(loc), text) for loc, text in _contradictions(document.value)]
     if findings:
-        raise _error(path, findings)
-    return Loaded(f"{path.parent.name}-{path.stem}", path, recipe, merged)
+        raise strict_yaml.error(findings, path, fix="`qwen-onnx recipe schema` lists all keys")
+    return Loaded(name, path, recipe, document.value)
 
 
 def find(folder: Path) -> list[Path]:
-    """All recipe files below ``folder``; folders that start with an underscore hold bases."""
+    """All recipe files below ``folder``; files and folders that start with an underscore are bases."""
     return sorted(
         path
         for path in folder.rglob("*.yaml")
@@ -217,174 +218,96 @@ def find(folder: Path) -> list[Path]:
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, for editors: nothing is required, since bases may supply it."""
     schema = Recipe.model_json_schema(by_alias=True)
-    schema["properties"]["extends"] = {"type": "string", "description": "a recipe to start from, relative to this file"}
-    schema.pop("required", None)
+    for definition in (schema, *schema["$defs"].values()):
+        definition.pop("required", None)
+    name = {"type": "string", "minLength": 1}
+    schema["properties"]["extends"] = {
+        "description": "recipes to start from, relative to this file; later ones win",
+        "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
+    }
     return schema
 
 
-def _as_json(value: Any) -> bytes:
-    import json
-
-    return json.dumps(value).encode()
-
-
-def _error(path: Path, findings: list[_Finding]) -> RecipeError:
-    count = len(findings)
-    rows = "\n".join(f"  {finding}" for finding in sorted(findings, key=lambda item: (str(item.file), item.line)))
-    return RecipeError(f"{path} has {count} problem{'s' * (count > 1)}\n{rows}", fix="`qwen-onnx recipe schema` lists all keys")
+def _is_own_fault(item: Any, document: Document) -> bool:
+    """Whether a type error is more than the consequence of another finding: of refused YAML, or of bad list items."""
+    if item["type"] == "missing" and () in document.refused:
+        return False
+    if item["type"] == "too_short" and item["input"]:
+        return False
+    loc = _without_tags(item, document.value)
+    return not any(loc[: len(bad)] == bad[: len(loc)] for bad in document.refused if bad)
 
 
-def _read(path: Path, findings: list[_Finding], chain: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), 1, 0.5)
-        raise RecipeError(
-            f"there is no recipe {path}",
-            fix=f"did you mean {near[0]}?" if near else "`qwen-onnx recipe list` shows the recipes",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read", why=str(error)) from None
-    if len(data) > _MAX_BYTES:
-        raise RecipeError(f"{path} is larger than {_MAX_BYTES} bytes", why="no recipe needs that much")
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = str(getattr(error, "problem", None) or error).split("\n")[0]
-        findings.append(_Finding(path, mark.line + 1 if mark else 1, f"not YAML: {problem}"))
-        return {}, {}
-    lines: Lines = {}
-    value = _value(node, (), path, lines, findings, _anchors(text, path, findings)) if node else None
-    if findings:
-        return {}, {}
-    if not isinstance(value, dict):
-        findings.append(_Finding(path, 1, "a recipe is a mapping of keys to values"))
-        return {}, {}
-    base = value.pop("extends", None)
-    if base is None:
-        return value, lines
-    where = lines[("extends",)]
-    base_path = path.parent / str(base)
-    if base_path.resolve() in chain or base_path.resolve() == path.resolve():
-        findings.append(_Finding(*where, f"extends {base}: a recipe cannot extend itself"))
-        return {}, {}
-    if not base_path.is_file():
-        findings.append(_Finding(*where, f"extends {base}: there is no such file"))
-        return {}, {}
-    under, under_lines = _read(base_path, findings, (*chain, path.resolve()))
-    return _merge(under, value), {**under_lines, **lines}
+def _explain(item: Any, document: Document) -> Finding:
+    """A pydantic error in the words of the file."""
+    loc, kind, got = _without_tags(item, document.value), item["type"], item["input"]
+    context = item.get("ctx", {})
+    if kind.startswith("union_tag"):
+        loc = (*loc, str(context["discriminator"]).strip("'"))
+        kind = "missing" if kind == "union_tag_not_found" else "literal_error"
+        got, context = context.get("tag"), {"expected": str(context.get("expected_tags", "")).replace(", ", " or ")}
+    place, key = document.place(loc), _spelled(loc)
+    if kind == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        hint = nearest(str(loc[-1]), known) or f"; known: {', '.join(sorted(known))}"
+        return Finding(place, f"unknown key `{key}`{hint}")
+    if kind == "missing":
+        return Finding(place, f"missing key `{key}`")
+    message, hint = item["msg"].replace("Input should", "should"), ""
+    message = message.replace("an object", "a mapping").replace("a valid array", "a list")
+    if kind == "too_short":
+        message = "should have at least one item"
+    elif kind == "string_pattern_mismatch":
+        message = _IN_WORDS[context["pattern"]]
+    elif kind == "literal_error":
+        message = f"should be {context['expected']}"
+        hint = nearest(str(got), re.findall(r"'([^']*)'", context["expected"]))
+    elif kind == "string_type" and isinstance(got, bool | int | float):
+        hint = "; quote it to make it text"
+    return Finding(place, f"`{key}`: {message}, got {_shown(got)}{hint}")
 
 
-def _anchors(text: str, path: Path, findings: list[_Finding]) -> bool:
-    """Anchors and aliases are refused: `extends` shares, and nested aliases can blow up memory."""
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-            findings.append(_Finding(path, token.start_mark.line + 1, "anchors and aliases are not allowed: use `extends`"))
-            return True
-    return False
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _value(
-    node: yaml.Node, loc: tuple[str | int, ...], path: Path, lines: Lines, findings: list[_Finding], stop: bool
-) -> Any:
-    if stop:
-        return None
-    line = node.start_mark.line + 1
-    lines.setdefault(loc, (path, line))
-    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        findings.append(_Finding(path, line, f"tag {node.tag} is not allowed"))
-        return None
-    if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = getattr(key_node, "value", None)
-            key_line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                findings.append(_Finding(path, key_line, "keys are plain words"))
-                continue
-            if key in result:
-                findings.append(_Finding(path, key_line, f"duplicate key `{key}` (first in line {lines[(*loc, key)][1]})"))
-                continue
-            lines[(*loc, key)] = (path, key_line)
-            result[key] = _value(value_node, (*loc, key), path, lines, findings, False)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*loc, index), path, lines, findings, False) for index, item in enumerate(node.value)]
-    try:
-        value = yaml.SafeLoader("").construct_object(node)
-    except yaml.YAMLError as error:
-        findings.append(_Finding(path, line, f"bad value: {error}"))
-        return None
-    if value is not None and not isinstance(value, str | int | float | bool):
-        return str(getattr(node, "value", value))
-    return value
+def _spelled(loc: Loc) -> str:
+    """``checkpoint.sources[0].repo``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    result = dict(under)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
-def _line_of(loc: tuple[str | int, ...], path: Path, lines: Lines) -> tuple[Path, int]:
-    while loc and loc not in lines:
-        loc = loc[:-1]
-    return lines.get(loc, (path, 1))
-
-
-# Words that pydantic inserts into the location of a value whose type is a union.
-_UNION_WORDS = {"hub", "local", "wheels", "WeightScheme", "literal['shared','float']"}
-
-
-def _explain(item: Any, path: Path, lines: Lines) -> _Finding:
-    raw = tuple(item["loc"])
-    loc: tuple[str | int, ...] = ()
-    for part in raw:
-        if part in _UNION_WORDS and (*loc, part) not in lines:
+def _without_tags(item: Any, value: Any) -> Loc:
+    """The location of a pydantic error in the file: without the words that name members of unions."""
+    loc: Loc = ()
+    for index, part in enumerate(item["loc"]):
+        inside: dict[Any, Any] = dict(enumerate(value)) if isinstance(value, list) else value
+        inside = inside if isinstance(inside, dict) else {}
+        if part in inside:
+            value = inside[part]
+        elif item["type"] != "missing" or index < len(item["loc"]) - 1:
             continue
         loc = (*loc, part)
-    where = _line_of(loc, path, lines)
-    key = ".".join(str(part) for part in loc)
-    kind = item["type"]
-    if kind == "extra_forbidden":
-        fields = _fields_at(raw[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), fields, 1, 0.5)
-        hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(sorted(fields))}"
-        return _Finding(*where, f"unknown key `{key}`{hint}")
-    if kind == "missing":
-        return _Finding(*where, f"missing key `{key}`")
-    got = item.get("input")
-    message = item["msg"].replace("Input should", "should")
-    hint = ""
-    expected = str(item.get("ctx", {}).get("expected", ""))
-    if isinstance(got, str) and expected:
-        near = difflib.get_close_matches(got, [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")], 1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-    shown = repr(got) if not isinstance(got, dict | list) else f"a {'mapping' if isinstance(got, dict) else 'list'}"
-    return _Finding(*where, f"`{key}`: {message}, got {shown}{hint}")
+    return loc
 
 
-def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
-    """The keys that are known at a location of `Recipe`."""
+def _known_keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys that `Recipe` knows at the location of a pydantic error."""
     models: list[type[BaseModel]] = [Recipe]
     for part in loc:
-        if isinstance(part, int):
+        if len(models) > 1 and isinstance(part, str):  # the tag of a union's member
+            models = [model for model in models if part in get_args(model.model_fields["type"].annotation)]
             continue
-        named = [model for model in models if model.__name__ == part]
-        tagged = [
-            model for model in models if "type" in model.model_fields and part in get_args(model.model_fields["type"].annotation)
-        ]
-        if named or tagged:
-            models = named or tagged
-            continue
-        fields = [field for model in models for name, field in model.model_fields.items() if part in (name, field.alias)]
-        models = [model for field in fields for model in _models_in(field.annotation)]
+        fields = [field for name, field in models[0].model_fields.items() if part in (name, field.alias)]
+        models = list(_models_in(fields[0].annotation)) if fields else models
     names = [field.alias or name for model in models for name, field in model.model_fields.items()]
-    return [*names, "extends"] if not loc else names
+    return names if loc else [*names, "extends"]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -394,23 +317,39 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Combinations that are well-typed but impossible."""
-    target = TARGETS.get(recipe.target)
-    if target is None:
-        near = difflib.get_close_matches(recipe.target, TARGETS, 1)
-        hint = f"; did you mean `{near[0]}`?" if near else ""
-        yield ("target",), f"unknown target `{recipe.target}`{hint}; known: {', '.join(TARGETS)}"
-    elif recipe.quantize.body and recipe.quantize.body.bits not in target.bits:
-        yield ("quantize", "body", "bits"), f"{recipe.quantize.body.bits}-bit weights have no kernels on {target.name}"
-    for key, reason in recipe.quantize.problems():
-        yield ("quantize", key), reason
-    checkpoint = recipe.checkpoint
-    if checkpoint.sha256 is None and any(source.type != "local" for source in checkpoint.sources):
-        if any(source.type == "wheels" or (source.type == "hub" and source.file) for source in checkpoint.sources):
-            yield ("checkpoint",), "a remote file needs its `sha256`: the digest decides, so that no mirror needs trust"
-    architecture = recipe.architecture
-    if architecture and architecture.model_type not in FAMILIES:
-        yield ("architecture", "model_type"), f"unknown family; known: {', '.join(FAMILIES)}"
-    elif architecture and recipe.export.exporter not in FAMILIES[architecture.model_type].exporters:
-        yield ("export", "exporter"), f"{recipe.export.exporter} cannot export {architecture.model_type}"
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _typed(kind: type[_Model], value: Any) -> _Model | None:
+    try:
+        return kind.model_validate_json(json.dumps(value))
+    except ValidationError:
+        return None
+
+
+def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Combinations that are impossible, among the sections that are well-typed."""
+    target = TARGETS.get(str(value.get("target")))
+    if target is None and isinstance(value.get("target"), str):
+        yield ("target",), f"unknown target{_choice(value['target'], list(TARGETS))}"
+    if scheme := _typed(Scheme, value.get("quantize")):
+        for loc, reason in scheme.problems():
+            yield ("quantize", *loc), reason
+        for loc, weight in scheme.weight_schemes():
+            if target and weight.bits not in target.bits:
+                yield ("quantize", *loc, "bits"), f"{weight.bits}-bit weights have no kernels on {target.name}"
+    if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
+        for index, source in enumerate(checkpoint.sources):
+            if source.type == "wheels" or (source.type == "hub" and source.file):
+                text = "a remote file needs `checkpoint.sha256`: the digest decides, so that no mirror needs trust"
+                yield ("checkpoint", "sources", index), text
+    if architecture := _typed(Architecture, value.get("architecture")):
+        family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
+        if family is None:
+            yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
+        elif export and export.exporter not in family.exporters:
+            yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+
+
+def _choice(word: str, known: list[str]) -> str:
+    return f" `{word}`{nearest(word, known)}; known: {', '.join(known)}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifact import Artifact, Step
+from pipeline.artifact import VALIDATION, Artifact, Need, Step, read_manifest
 from pipeline.errors import QwenOnnxError
 
 
@@ -164,7 +166,62 @@ def show_error(error: QwenOnnxError, as_json: bool) -> None:
         print(f"error: {error}", file=sys.stderr)
 
 
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
+def plan(name: str, steps: Sequence[Step], cached: Mapping[str, Artifact | None], needed: Need) -> str:
+    """The steps of a recipe, and what is still needed to make them."""
+    rows = []
+    for step in steps:
+        hit, estimate = cached[step.stage], step.estimate
+        cost = (f"{estimate.memory / 1e9:.1f} GB", f"{estimate.disk / 1e9:.1f} GB", f"{estimate.seconds} s")
+        rows.append((step.stage, step.key[:12], "cached" if hit else "to do", *(("", "", "") if hit else cost)))
+    lines = [name, table(rows, ("STEP", "KEY", "STATE", "MEMORY", "DISK", "TIME"))]
+    if any(hit is None for hit in cached.values()):
+        lines.append(
+            f"needs about {needed.memory / 1e9:.1f} GB of memory ({needed.free_memory / 1e9:.1f} free), "
+            f"{needed.disk / 1e9:.1f} GB of disk ({needed.free_disk / 1e9:.1f} free), {needed.seconds} s on two cores"
+        )
+    return "\n".join(lines)
+
+
+def validation(data: Mapping[str, Any]) -> str:
+    """A validation on one screen: every gate, the domains, the greedy answers."""
+    rows = []
+    for gate in data["gates"]:
+        sign = "<=" if gate["sense"] == "max" else ">="
+        mark = "pass" if gate["passed"] else "FAIL"
+        rows.append((mark, gate["metric"], gate["path"], f"{gate['value']:.4g}", f"{sign} {gate['bound']:g}"))
+    reference, candidate = data["reference"], data["candidate"]
+    lines = [
+        f"reference: {reference['runtime']}, {reference['dtype']}",
+        f"measured:  {candidate['runtime']} on {candidate['executed_on']}",
+        table(rows, ("", "METRIC", "PATH", "VALUE", "GATE")),
+    ]
+    if data["finite"]:
+        domains = data["decode"]["domains"].items()
+        lines.append("mean KL by text: " + ", ".join(f"{name} {figures['mean_kl']:.4f}" for name, figures in domains))
+    same = [answer["name"] for answer in data["greedy"]["answers"] if answer["first_divergence"] is None]
+    lines.append(f"greedy answers identical to the reference's: {len(same)} of {len(data['greedy']['answers'])}")
+    return "\n".join(lines)
+
+
+def package(folder: Path) -> str:
+    """What was built and how good it is."""
+    manifest = read_manifest(folder)
+    size = sum(length for length, _ in manifest.files.values())
+    weights = sum(length for name, (length, _) in manifest.files.items() if name.endswith(".data"))
+    measured = validation(json.loads((folder / VALIDATION).read_bytes()))
+    return f"\n{measured}\n\npackage {folder}: {size / 1e6:.0f} MB, of which weights {weights / 1e6:.0f} MB"
+
+
+def next_steps(folder: Path) -> str:
+    """What to do with a package."""
+    return (
+        f'\nnext:  qwen-onnx generate {folder} --prompt "..."     ask it something\n'
+        f"       qwen-onnx verify {folder} --replay           check it, here or where it is received\n"
+        f"       {folder / 'README.md'}                       how an app loads it"
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Rows as aligned columns."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -10,29 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifact import Artifact, Step
-from pipeline.errors import GateError, QwenOnnxError, ResourceError, StageError, from_dict
+from pipeline import digest
+from pipeline.artifact import VALIDATION, Artifact, Need, Step, read_manifest
+from pipeline.errors import QwenOnnxError, ResourceError, StageError, StoreError, from_dict
 from pipeline.report import Reporter
 from pipeline.store import Store
 
 # Left free on the disk and in memory for everything else.
 _SPARE = 500_000_000
-
-
-@dataclass(frozen=True)
-class Need:
-    """What the steps that are still to run need, and what the machine has; bytes and seconds."""
-
-    memory: int
-    disk: int
-    seconds: int
-    free_memory: int
-    free_disk: int
 
 
 def need(steps: Sequence[Step], store: Store) -> Need:
@@ -75,6 +65,19 @@ def build(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, 
         GateError: validation was refused; its report stays in the store, as the last artifact.
         QwenOnnxError: whatever made a step fail.
     """
+    for _ in steps:  # each round makes at least one damaged artifact anew
+        try:
+            return _walk(steps, store, reporter)
+        except _DamagedError as damage:
+            reporter.note(f"{damage}: it is made anew")
+    return _walk(steps, store, reporter)
+
+
+class _DamagedError(Exception):
+    """A stored artifact was damaged, and has been removed."""
+
+
+def _walk(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, Artifact]:
     done: dict[str, Artifact] = {}
     if any(store.get(step.stage, step.key) is None for step in steps):
         check(need(steps, store))
@@ -83,7 +86,9 @@ def build(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, 
         done[step.stage] = _one(step, inputs, store, reporter)
         refused = done[step.stage].facts.get("refused")
         if refused:
-            raise GateError(**{key: value for key, value in refused.items() if key != "error"})
+            error = from_dict(refused)
+            error.where = str(done[step.stage].path / VALIDATION)
+            raise error
     return done
 
 
@@ -101,16 +106,16 @@ def _one(step: Step, inputs: Mapping[str, Artifact], store: Store, reporter: Rep
             _check_input(artifact, store)
         reporter.start(step)
         started = time.monotonic()
-        with store.workspace(step) as out_dir:
-            facts, peak = _run(step, inputs, out_dir, store, lock, reporter)
-            try:
+        try:
+            with store.workspace(step) as out_dir:
+                facts, peak = _run(step, inputs, out_dir, store, lock, reporter)
                 artifact = store.publish(step, out_dir, facts, time.monotonic() - started, peak)
-            except OSError as error:
-                raise ResourceError(
-                    f"the result of {step.stage} cannot be stored",
-                    why=str(error),
-                    fix="free some space and run the same command again",
-                ) from None
+        except OSError as error:
+            raise ResourceError(
+                f"the result of {step.stage} cannot be stored",
+                why=str(error),
+                fix="free some space and run the same command again",
+            ) from None
         reporter.done(artifact)
         return artifact
 
@@ -120,11 +125,7 @@ def _check_input(artifact: Artifact, store: Store) -> None:
     problems = store.problems(artifact)
     if problems:
         store.remove(artifact)
-        raise StageError(
-            f"the stored {artifact.stage} was damaged: {problems[0]}",
-            why="its files do not have the digests they were stored with; it has been removed",
-            fix="run the same command again: it will be made anew",
-        )
+        raise _DamagedError(f"the stored {artifact.stage} was damaged ({problems[0]})")
 
 
 def _run(
@@ -203,27 +204,45 @@ def _died(step: Step, code: int, log: Path) -> QwenOnnxError:
     return StageError(f"{step.stage} ended without a result (exit code {code})", fix=f"read {log}")
 
 
-def install(package: Artifact, folder: Path, pause: Callable[[], None] = lambda: None) -> bool:
-    """Copy a package out of the store to ``folder``, all at once; ``False`` when it is already there, byte by byte.
+def install(package: Artifact, folder: Path, store: Store) -> bool:
+    """Put a package from the store at ``folder``, all at once; ``False`` when it is already there, byte by byte.
 
-    ``pause`` is called between copying and renaming.
+    Raises:
+        ResourceError: it cannot be written there.
+        StoreError: the stored package was damaged.
     """
     from pipeline import verify
 
-    with contextlib.suppress(QwenOnnxError, OSError):
-        if verify.check_files(folder).digest == verify.read_digest(package.path):
-            return False
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
-    old = folder.parent / f".{folder.name}.{os.getpid()}.old"
-    try:
-        shutil.copytree(package.path, temporary)
-        pause()
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        raise ResourceError(f"the package cannot be written to {folder}", why=str(error)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    temporary, old = folder.parent / f".{folder.name}.new", folder.parent / f".{folder.name}.old"
+    with store.lock(digest.of_value(str(folder.resolve()))):
+        if old.exists() and not folder.exists():  # killed between the two renames below
+            old.rename(folder)
+        with contextlib.suppress(QwenOnnxError, OSError):
+            if verify.check_files(folder).digest == read_manifest(package.path).digest:
+                return False
+        try:
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if problems := store.problems(package):
+                store.remove(package)
+                raise StoreError(
+                    f"the stored package was damaged: {problems[0]}",
+                    why="its files do not have the digests they were stored with; it has been removed",
+                    fix="run the same command again: it is made anew",
+                )
+            shutil.copytree(package.path, temporary)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+        except OSError as error:
+            raise ResourceError(
+                f"the package cannot be written to {folder}",
+                why=str(error),
+                fix="free some space or choose another place with --out; the package is safe in the store",
+            ) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
     return True

@@ -5,10 +5,21 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
-Bits = Literal[4, 8]
-BlockSize = Literal[16, 32, 64, 128, 256]
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | float):
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
+
+
+# A literal compares by value: without `_whole`, true would pass for 1, and 4.0 for 4.
+Whole = BeforeValidator(_whole)
+Bits = Annotated[Literal[4, 8], Whole]
+BlockSize = Annotated[Literal[16, 32, 64, 128, 256], Whole]
+AccuracyLevel = Annotated[Literal[0, 1, 4], Whole]
 
 
 class Frozen(BaseModel):
@@ -35,11 +46,23 @@ class Override(Frozen):
     scheme: WeightScheme
 
 
+def _embedding_kind(value: Any) -> str:
+    return "a scheme" if isinstance(value, dict | WeightScheme) else "a word"
+
+
+# Told apart by kind, so that what is wrong with one alternative is not also reported as not being the other.
+Embedding = Annotated[
+    Annotated[Literal["shared", "float"], Tag("a word")] | Annotated[WeightScheme, Tag("a scheme")],
+    Discriminator(_embedding_kind),
+]
+
+
 class Scheme(Frozen):
     """How a model is quantized.
 
     Attributes:
-        algorithm: ``min_error`` (this project's Olive pass: least-squares scales, streamed),
+        algorithm: ``gptq`` and ``min_error`` (this project's Olive passes: rounding errors made up for by what the
+            calibration text shows, or least-squares scales alone),
             ``rtn`` and ``k_quant`` (Olive's block-wise passes), ``dynamic`` (Olive's dynamic INT8 pass),
             or ``none`` (weights stay as exported).
         body: the scheme of all projections that nothing else names.
@@ -47,23 +70,25 @@ class Scheme(Frozen):
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
         overrides: exceptions for single weights.
         exclude: patterns of weights that stay as exported.
+        calibration_windows: windows of 512 tokens of calibration text that ``gptq`` reads.
         accuracy_level: activations inside MatMulNBits: 0 unset, 1 float32, 4 int8.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    algorithm: Literal["min_error", "rtn", "k_quant", "dynamic", "none"]
+    algorithm: Literal["gptq", "min_error", "rtn", "k_quant", "dynamic", "none"]
     body: WeightScheme | None = None
     head: WeightScheme | None = None
-    embedding: Literal["shared", "float"] | WeightScheme = "float"
+    embedding: Embedding = "float"
     overrides: tuple[Override, ...] = ()
     exclude: tuple[str, ...] = ()
-    accuracy_level: Literal[0, 1, 4] = 4
-    options: dict[str, Any] = {}
+    calibration_windows: Annotated[int, Field(ge=1, le=64)] = 16
+    accuracy_level: AccuracyLevel = 4
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def block_wise(self) -> bool:
         """Whether weights are quantized block by block, so that weight schemes apply."""
-        return self.algorithm in ("min_error", "rtn", "k_quant")
+        return self.algorithm in ("gptq", "min_error", "rtn", "k_quant")
 
     def of_weight(self, path: str, role: str) -> WeightScheme | None:
         """The scheme of one weight; ``None`` keeps it as exported (or, for a shared embedding, in the head)."""
@@ -76,25 +101,34 @@ class Scheme(Frozen):
             return self.embedding if isinstance(self.embedding, WeightScheme) else None
         return self.head if role == "head" and self.head else self.body
 
-    def problems(self) -> list[tuple[str, str]]:
-        """(key, reason) of each combination that no pass or kernel can honour."""
-        found = []
-        schemes = [self.body, self.head, *(override.scheme for override in self.overrides)]
-        if isinstance(self.embedding, WeightScheme):
-            schemes.append(self.embedding)
+    def weight_schemes(self) -> list[tuple[tuple[str | int, ...], WeightScheme]]:
+        """(location in this scheme, weight scheme) of each that is named."""
+        found: list[tuple[tuple[str | int, ...], WeightScheme]] = []
+        for key, value in (("body", self.body), ("head", self.head), ("embedding", self.embedding)):
+            if isinstance(value, WeightScheme):
+                found.append(((key,), value))
+        found += [(("overrides", index, "scheme"), override.scheme) for index, override in enumerate(self.overrides)]
+        return found
+
+    def problems(self) -> list[tuple[tuple[str | int, ...], str]]:
+        """(location in this scheme, reason) of each combination that no pass or kernel can honour."""
+        found: list[tuple[tuple[str | int, ...], str]] = []
         if self.block_wise and self.body is None:
-            found.append(("body", f"algorithm {self.algorithm} needs `body`: {{bits, block_size, symmetric}}"))
+            found.append((("body",), f"algorithm {self.algorithm} needs `body`: {{bits, block_size, symmetric}}"))
         if not self.block_wise:
             for key in ("body", "head", "overrides", "exclude"):
                 if getattr(self, key):
-                    found.append((key, f"algorithm {self.algorithm} does not quantize block by block: remove `{key}`"))
+                    reason = f"algorithm {self.algorithm} does not quantize block by block: remove `{key}`"
+                    found.append(((key,), reason))
             if self.embedding != "float":
-                found.append(("embedding", f"algorithm {self.algorithm} leaves the embedding in float"))
+                found.append((("embedding",), f"algorithm {self.algorithm} leaves the embedding in float"))
         if self.algorithm == "k_quant":
-            if any(scheme.symmetric for scheme in schemes if scheme):
-                found.append(("body", "k_quant is asymmetric by definition: set `symmetric: false`"))
+            for loc, scheme in self.weight_schemes():
+                if scheme.symmetric:
+                    reason = "k_quant is asymmetric by definition: set `symmetric: false`"
+                    found.append(((*loc, "symmetric"), reason))
             if isinstance(self.embedding, WeightScheme):
-                found.append(("embedding", "Olive's k_quant pass has no embedding: use `shared` or `float`"))
-        if self.options and self.algorithm in ("min_error", "none"):
-            found.append(("options", f"algorithm {self.algorithm} takes no options"))
+                found.append((("embedding",), "Olive's k_quant pass has no embedding: use `shared` or `float`"))
+        if self.options and self.algorithm in ("gptq", "min_error", "none"):
+            found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found

@@ -12,6 +12,7 @@ The kernel drops a lock when its last holder dies, so a killed build leaves none
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -27,6 +28,8 @@ from pipeline.errors import StoreError
 
 _RECORD = "artifact.json"
 _AREAS = ("tmp", "locks", "logs", "downloads")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DOWNLOAD_LOCK = ".lock"  # pipeline.download holds it while it fetches
 
 
 class Store:
@@ -42,11 +45,14 @@ class Store:
             for area in _AREAS:
                 (root / area).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(
-                f"the store {root} cannot be used",
-                why=error.strerror or str(error),
-                fix="choose another place with --store, or make this one writable",
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"the store {self.root} cannot be used",
+            why=f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}",
+            fix="choose another place with --store, or make this one writable",
+        )
 
     def get(self, stage: str, key: str) -> Artifact | None:
         """The artifact of a key, or ``None`` when it is absent or visibly damaged (a file gone or of another size)."""
@@ -73,14 +79,30 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, key: str, waiting: Callable[[], None] | None = None) -> Iterator[int]:
-        """Hold the lock of a key; ``waiting`` is called once when another process has it. Yields the descriptor."""
-        with (self.root / "locks" / key).open("w") as file:
+        """Hold the lock of a key; ``waiting`` is called once when another process has it. Yields the descriptor.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        with self._open_lock(key) as file:
             _acquire(file, waiting)
             yield file.fileno()
 
+    def _open_lock(self, key: str) -> IO[str]:
+        try:
+            return (self.root / "locks" / key).open("w")
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise self._unusable(error) from error
+
     @contextlib.contextmanager
     def workspace(self, step: Step) -> Iterator[Path]:
-        """An empty directory for a step's files, removed at the end whatever happens. Needs the step's lock."""
+        """An empty directory for a step's files, removed at the end whatever happens. Needs the step's lock.
+
+        Raises:
+            OSError: it cannot be made, for instance because the disk is full.
+        """
         for stale in (self.root / "tmp").glob(f"{step.key}.*"):
             shutil.rmtree(stale, ignore_errors=True)
         folder = self.root / "tmp" / f"{step.key}.{secrets.token_hex(4)}"
@@ -93,7 +115,11 @@ class Store:
     def publish(
         self, step: Step, files: Path, facts: Mapping[str, Any], seconds: float = 0.0, peak_memory: int = 0
     ) -> Artifact:
-        """Make a step's workspace an artifact: digest, flush to disk, rename into place."""
+        """Make a step's workspace an artifact: digest, flush to disk, rename into place.
+
+        Raises:
+            OSError: the disk is full or fails; nothing of the artifact is visible then.
+        """
         sizes: dict[str, tuple[int, str]] = {}
         for path in sorted(files.rglob("*")):
             if path.is_file():
@@ -113,6 +139,8 @@ class Store:
         folder = files.parent
         (folder / _RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         _flush(folder / _RECORD)
+        for directory in (*(path for path in files.rglob("*") if path.is_dir()), files, folder):
+            _flush(directory)
         final = self.root / step.stage / step.key
         final.parent.mkdir(exist_ok=True)
         if final.exists():
@@ -125,8 +153,7 @@ class Store:
 
     def entries(self) -> list[Artifact]:
         """All artifacts, by stage and key."""
-        folders = sorted(path.parent for path in self.root.glob(f"*/*/{_RECORD}") if path.parts[-3] != "tmp")
-        return [artifact for folder in folders if (artifact := self._read(folder))]
+        return [artifact for folder in self._folders() if (artifact := self._read(folder))]
 
     def remove(self, artifact: Artifact) -> None:
         """Remove an artifact: first its record, so that a crash in between leaves no half of it visible."""
@@ -135,26 +162,44 @@ class Store:
         shutil.rmtree(folder, ignore_errors=True)
 
     def collect(self, keep: set[str]) -> int:
-        """Remove artifacts whose key is not in ``keep``, abandoned work and downloads; returns the bytes freed."""
+        """Remove artifacts whose key is not in ``keep``, damaged ones, abandoned work, logs and downloads.
+
+        What a running build works at is skipped: its step, its log and what it downloads.
+
+        Returns:
+            the bytes freed.
+        """
         before = _usage(self.root)
-        for artifact in self.entries():
-            if artifact.key not in keep:
-                with self.lock(artifact.key):
-                    self.remove(artifact)
+        for folder in self._folders():
+            if folder.name not in keep or self._read(folder) is None:
+                with self._idle(self.root / "locks" / folder.name) as idle:
+                    if idle:
+                        (folder / _RECORD).unlink(missing_ok=True)
+                        shutil.rmtree(folder, ignore_errors=True)
         for folder in (self.root / "tmp").iterdir():
-            with self._idle(folder.name.split(".")[0]) as idle:
+            with self._idle(self.root / "locks" / folder.name.split(".")[0]) as idle:
                 if idle:
                     shutil.rmtree(folder, ignore_errors=True)
-        for area in ("downloads", "logs"):
-            with self._idle(area) as idle:
-                if idle:
-                    shutil.rmtree(self.root / area, ignore_errors=True)
-                    (self.root / area).mkdir(exist_ok=True)
+        busy = {path.name for path in (self.root / "locks").iterdir() if not self._is_idle(path)}
+        for log in (self.root / "logs").iterdir():
+            if not any(key.startswith(log.stem.rpartition("-")[2]) for key in busy):
+                log.unlink(missing_ok=True)
+        with self._idle(self.root / "downloads" / _DOWNLOAD_LOCK) as idle:
+            for path in (self.root / "downloads").iterdir() if idle else ():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != _DOWNLOAD_LOCK:  # whoever waits for it has it open
+                    path.unlink(missing_ok=True)
         return before - _usage(self.root)
 
+    def _folders(self) -> list[Path]:
+        """Where artifacts are or were, whole or not."""
+        return sorted(path for path in self.root.glob("*/*") if path.parent.name not in _AREAS and path.is_dir())
+
     @contextlib.contextmanager
-    def _idle(self, key: str) -> Iterator[bool]:
-        with (self.root / "locks" / key).open("w") as file:
+    def _idle(self, lock: Path) -> Iterator[bool]:
+        """Hold a lock if nobody else does, and tell so."""
+        with lock.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -162,9 +207,15 @@ class Store:
             else:
                 yield True
 
+    def _is_idle(self, lock: Path) -> bool:
+        with self._idle(lock) as idle:
+            return idle
+
     def _read(self, folder: Path) -> Artifact | None:
         try:
             data = json.loads((folder / _RECORD).read_bytes())
+            if (data["stage"], data["key"]) != (folder.parent.name, folder.name):
+                return None
             return Artifact(
                 stage=data["stage"],
                 key=data["key"],
@@ -175,7 +226,7 @@ class Store:
                 seconds=data["seconds"],
                 peak_memory=data["peak_memory"],
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
 
@@ -197,4 +248,9 @@ def _flush(path: Path) -> None:
 
 
 def _usage(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(OSError):  # another process removed it
+                total += (Path(folder) / name).stat().st_size
+    return total

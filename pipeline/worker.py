@@ -53,14 +53,17 @@ def _explain(error: BaseException, stage: str) -> QwenOnnxError:
     if isinstance(error, QwenOnnxError):
         return error
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in text:
         return ResourceError(
             f"the disk filled up during {stage}",
             why=text,
             fix="free some space (`qwen-onnx store gc`) and run the same command again",
         )
     if isinstance(error, MemoryError):
-        return ResourceError(f"{stage} ran out of memory", why=text, fix="close other programs, or use a larger machine")
+        return ResourceError(
+            f"{stage} ran out of memory", why=text, fix="close other programs, or use a larger machine"
+        )
     return StageError(f"{stage} failed", why=text)
 
 

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import graph, olive
+from pipeline import exporter, graph, olive
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
@@ -39,15 +40,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     work = out_dir / "export"
     work.mkdir()
     progress(0.1, f"Olive with {spec.exporter}")
-    exporter = olive.export_genai if spec.exporter == "genai" else olive.export_optimum
-    exporter(source, work, spec.options)
+    exporter.EXPORTERS[spec.exporter](source, work, spec.options)
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
     inputs_before = graph.interface(model)
-    with graph.ExternalDataWriter(out_dir / "model.onnx.data") as writer:
+    with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         if spec.last_token_head:
             graph.prune_head(model)
-        graph.repack(model, work, writer, None)
+        graph.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)

@@ -1,0 +1,49 @@
+# Everything a person needs, one line each: `make help`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+QWEN := $(BIN)/qwen-onnx
+MODEL ?= qwen2.5-coder-0.5b-instruct
+SCHEME ?= int4
+PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
+PROMPT ?= Write a Python function that checks whether a string is a palindrome.
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help cpu cuda directml npu test test-all lint recipes verify serve bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(READY): pyproject.toml constraints.txt
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned tools into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,dev]'
+	@touch $@
+
+cpu cuda directml npu: $(READY) ## build, validate and package $(MODEL) for that hardware, and ask it something
+	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
+
+test: $(READY) ## all tests but those on the real checkpoint
+	@$(BIN)/python -m pytest -m 'not real'
+
+test-all: $(READY) ## all tests
+	@$(BIN)/python -m pytest
+
+lint: $(READY) ## style, types and floors
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+recipes: $(READY) ## check every recipe, options of Olive passes included
+	@$(QWEN) recipe list && $(QWEN) recipe lint $$(find recipes -name '[a-z]*.yaml' -not -path '*/_*')
+
+verify: $(READY) ## check $(PACKAGE) and replay its golden transcript here
+	@$(QWEN) verify $(PACKAGE) --replay
+
+bench: $(READY) ## time $(PACKAGE) against Olive's plain ModelBuilder INT4
+	@$(BIN)/python -m pipeline.bench $(PACKAGE)
+
+serve: $(READY) ## answer on a port (not there yet)
+	@$(QWEN) serve $(PACKAGE)
+
+clean: ## remove packages, store and caches; the virtual environment stays
+	rm -rf artifacts/* artifacts/.store .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

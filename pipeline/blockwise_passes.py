@@ -1,0 +1,97 @@
+"""This project's own quantizers as Olive passes, so that they run and are configured like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from olive.passes import Pass
+from olive.passes.pass_config import PassConfigParam
+
+from pipeline import blockwise, gptq, graph, olive
+from pipeline.blockwise import BlockQuantized
+from pipeline.calibration import Hessians
+from pipeline.external_data import ExternalDataWriter
+from pipeline.scheme import WeightScheme
+
+
+class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
+    """Quantize weights block by block with least-squares scales, one weight at a time.
+
+    The relative squared error of each weight is in the result's ``model_attributes["relative_error"]``.
+    """
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:  # noqa: ARG003
+        return {
+            "schemes": PassConfigParam(
+                type_=dict[str, dict[str, int | bool]],
+                required=True,
+                description="For each path of a weight its {bits, block_size, symmetric}; others stay as they are.",
+            ),
+            "accuracy_level": PassConfigParam(
+                type_=int, default_value=0, description="MatMulNBits attribute: 0 unset, 1 float32, 4 int8 activations."
+            ),
+            "share_embedding": PassConfigParam(
+                type_=bool,
+                default_value=False,
+                description="Gather from the quantized head instead of storing the embedding.",
+            ),
+            "progress": PassConfigParam(
+                type_=Callable[[float, str], None],
+                description="Called after each weight with the fraction done and the path of the weight.",
+            ),
+        }
+
+    def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
+        import onnx
+
+        source, out_dir = Path(model.model_path), Path(output_model_path)
+        extra = self._extra(config)
+        edited = graph.load(source)
+        with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
+            errors = graph.quantize_weights(
+                edited,
+                source.parent,
+                writer,
+                {path: WeightScheme.model_validate(given) for path, given in config.schemes.items()},
+                accuracy_level=config.accuracy_level,
+                share_embedding=config.share_embedding,
+                progress=config.progress,
+                **extra,
+            )
+        onnx.save(edited, str(out_dir / "model.onnx"))
+        return olive.onnx_model(out_dir, {"relative_error": errors})
+
+    def _extra(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
+        """More arguments of `graph.quantize_weights`."""
+        return {}
+
+
+class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
+    """The same by GPTQ, for the projections: rounding errors are made up for by what the calibration text shows.
+
+    8-bit weights, the head and the embedding take least-squares scales: their error is small, or has no later column
+    to go to.
+    """
+
+    @classmethod
+    def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:
+        return super()._default_config(accelerator_spec) | {
+            "checkpoint": PassConfigParam(type_=str, required=True, description="Directory of the PyTorch reference."),
+            "calibration_windows": PassConfigParam(
+                type_=int, default_value=16, description="Windows of calibration text to read, 512 tokens each."
+            ),
+        }
+
+    def _extra(self, config: Any) -> dict[str, Any]:
+        hessians = Hessians(Path(config.checkpoint), config.calibration_windows)
+
+        def quantize(path: str, values: Any, scheme: WeightScheme) -> BlockQuantized:
+            hessian = hessians.of(path) if scheme.bits == 4 else None
+            if hessian is None:
+                return blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
+            return gptq.quantize(values, hessian, scheme.bits, scheme.block_size, scheme.symmetric)
+
+        return {"quantize": quantize}

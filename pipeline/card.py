@@ -1,0 +1,130 @@
+"""The README.md and NOTICE of a package, written from facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: int) -> str:
+    """The model card (Markdown with the metadata block that model hubs read).
+
+    Args:
+        manifest: all of ``manifest.json`` but its file list.
+        validation: the content of ``validation.json``.
+        weights: bytes of external data.
+    """
+    source, target, recipe = manifest["source"], manifest["target"], manifest["recipe"]
+    languages = "".join(f"\n- {language}" for language in source["languages"])
+    scheme = _scheme(recipe.get("quantize", {}))
+    rows = "\n".join(
+        f"| {path} | {figures['mean_kl']:.4f} | {figures['p99_kl']:.3f} | {figures['top1']:.1%} "
+        f"| {figures['perplexity']:.3f} ({figures['perplexity_ratio']:.3f} ×) |"
+        for path in ("prefill", "decode")
+        if (figures := validation[path])
+    )
+    domains = "\n".join(
+        f"| {name} | {figures['mean_kl']:.4f} | {figures['top1']:.1%} | {figures['perplexity_ratio']:.3f} |"
+        for name, figures in validation["decode"]["domains"].items()
+    )
+    return f"""---
+base_model: {source["base_model"]}
+license: {source["license"].lower()}
+library_name: onnxruntime-genai
+pipeline_tag: text-generation
+tags: [onnx, onnxruntime-genai, qwen]
+language:{languages or " []"}
+---
+
+# {manifest["name"]}
+
+{recipe.get("description") or source["base_model"]}, as an ONNX package for onnxruntime-genai: {scheme}, {weights / 1e6:.0f} MB of weights,
+for {target["provider"]}.
+
+## Check it, then run it
+
+    pip install onnxruntime-genai=={manifest["tools"]["onnxruntime-genai"]}
+    sha256sum --check SHA256SUMS
+
+```python
+import json
+import onnxruntime_genai as og
+
+model = og.Model(".")  # this directory
+tokenizer = og.Tokenizer(model)
+messages = json.dumps([{{"role": "user", "content": "Write a haiku about ONNX."}}])
+prompt = tokenizer.encode(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(max_length=len(prompt) + 200)
+generator = og.Generator(model, parameters)
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
+```
+
+With qwen-onnx installed: `qwen-onnx verify DIR --replay` checks everything and replays `golden.jsonl` on your machine;
+`qwen-onnx generate DIR --prompt "..."` answers.
+
+Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
+`qwen-onnx generate` takes them as plain text.
+
+## How close it is to the original
+
+Measured with {validation["candidate"]["runtime"]} on {validation["candidate"]["executed_on"]}, against the checkpoint in float32
+({validation["reference"]["runtime"]}), on {validation["text"]["windows"]} windows of {validation["text"]["window_tokens"]} tokens of held-out text.
+KL divergence is in nats a token.
+
+| path | mean KL | p99 KL | top-1 agreement | perplexity (against the reference) |
+| --- | --- | --- | --- | --- |
+{rows}
+
+| text (decode path) | mean KL | top-1 agreement | perplexity ratio |
+| --- | --- | --- | --- |
+{domains}
+
+Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
+difference. `validation.json` has every figure, gate and answer.
+
+## Limits
+
+The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
+for the texts they were measured on; measure on your own before you depend on them.
+
+## Where it comes from
+
+| | |
+| --- | --- |
+| base model | {source["base_model"]} |
+| checkpoint | sha256 `{source["sha256"]}` |
+| licence | {source["license"]} (see `LICENSE` and `NOTICE`) |
+| quantization | {scheme} |
+| needs | onnxruntime-genai ≥ {manifest["runtime"]["minimum"]} |
+
+`manifest.json` names the recipe, every step, every tool version and every file.
+"""
+
+
+def notice(manifest: Mapping[str, Any]) -> str:
+    """Whose work this is, and what was changed (section 4 of the Apache License asks for it)."""
+    source = manifest["source"]
+    tools = ", ".join(f"{name} {version}" for name, version in sorted(manifest["tools"].items()))
+    return f"""This package contains {source["base_model"]}, licensed under {source["license"]} (see LICENSE).
+
+Changed from the original: the weights were converted to ONNX and quantized
+({_scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
+"""
+
+
+def _scheme(quantize: Mapping[str, Any]) -> str:
+    """A few words on a scheme."""
+    body = quantize.get("body")
+    if not body:
+        return {"none": "float weights", "dynamic": "INT8 weights and activations (dynamic)"}[quantize["algorithm"]]
+    words = f"INT{body['bits']} weights in blocks of {body['block_size']} ({quantize['algorithm']})"
+    head = quantize.get("head")
+    if head and head != body:
+        words += f", INT{head['bits']} head"
+    if quantize.get("embedding") == "shared":
+        words += " shared with the embedding"
+    return words

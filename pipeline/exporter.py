@@ -1,0 +1,102 @@
+"""From a checkpoint to a float32 ONNX graph with its ``genai_config.json``, by one of two exporters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import graph, olive
+from pipeline.family import read_shape
+
+
+def export_genai(checkpoint: Path, out_dir: Path, options: Mapping[str, Any]) -> None:
+    """Write ``model.onnx``, ``model.onnx.data`` and ``genai_config.json`` (float32) with Olive's ModelBuilder.
+
+    Raises:
+        StageError: it failed, or left something out.
+    """
+    # The builder would run code that comes with a checkpoint (`hf_remote`), and does so by default.
+    extra = {**options.get("extra_options", {}), "hf_remote": False}
+    olive.run_pass("genai", {**options, "extra_options": extra}, olive.hf_model(checkpoint), out_dir)
+    olive.require(out_dir, "genai", "model.onnx", "genai_config.json")
+
+
+def export_plain_int4(checkpoint: Path, out_dir: Path) -> None:
+    """Write what Olive's ModelBuilder makes of a checkpoint at its INT4 defaults, to compare with.
+
+    Raises:
+        StageError: it failed, or left something out.
+    """
+    export_genai(checkpoint, out_dir, {"precision": "int4"})
+
+
+def export_optimum(checkpoint: Path, out_dir: Path, options: Mapping[str, Any]) -> None:
+    """Write ``model.onnx`` with its data (float32) with Olive's OptimumConversion, and a ``genai_config.json``.
+
+    Raises:
+        StageError: it failed, or left something out.
+        CheckpointError: config.json is not of a supported family.
+    """
+    extra = {
+        "do_validation": False,
+        **options.get("extra_args", {}),
+        "task": "text-generation-with-past",
+        # It would put a Transpose of the embedding where a tied head was, and hide the head from quantization.
+        "no_post_process": True,
+    }
+    config = {"target_opset": 18, **options, "extra_args": extra}
+    olive.run_pass("optimum", config, olive.hf_model(checkpoint), out_dir)
+    olive.require(out_dir, "optimum", "model.onnx")
+    inputs, _ = graph.interface(graph.load(out_dir / "model.onnx"))
+    settings = json.loads((checkpoint / "config.json").read_bytes())
+    generation_path = checkpoint / "generation_config.json"
+    generation = json.loads(generation_path.read_bytes()) if generation_path.is_file() else {}
+    text = json.dumps(_genai_config(settings, generation, inputs), indent=4)
+    (out_dir / "genai_config.json").write_text(text, encoding="utf-8")
+
+
+Exporter = Callable[[Path, Path, Mapping[str, Any]], None]
+EXPORTERS: dict[str, Exporter] = {"genai": export_genai, "optimum": export_optimum}
+
+
+def _genai_config(
+    settings: Mapping[str, Any], generation: Mapping[str, Any], inputs: tuple[str, ...]
+) -> dict[str, Any]:
+    """A ``genai_config.json`` for a decoder with separate past and present caches, as optimum writes it."""
+    shape = read_shape(settings, "config.json")
+    tokens = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tokens |= {key: generation[key] for key in tokens if generation.get(key) is not None}
+    eos = tokens["eos_token_id"]
+    bos = tokens["bos_token_id"] if tokens["bos_token_id"] is not None else (eos[-1] if isinstance(eos, list) else eos)
+    pad = tokens["pad_token_id"] if tokens["pad_token_id"] is not None else (eos[0] if isinstance(eos, list) else eos)
+    named = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    past = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    return {
+        "model": {
+            "bos_token_id": bos,
+            "context_length": shape.context,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": shape.head_dim,
+                "hidden_size": shape.hidden,
+                "inputs": {**named, **past},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": shape.heads,
+                "num_hidden_layers": shape.layers,
+                "num_key_value_heads": shape.kv_heads,
+            },
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "type": shape.model_type,
+            "vocab_size": shape.vocabulary,
+        },
+        # Past and present are different tensors in this graph, so the runtime must not make them one buffer.
+        "search": {"do_sample": False, "max_length": shape.context, "past_present_share_buffer": False},
+    }

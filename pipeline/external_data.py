@@ -1,0 +1,86 @@
+"""Storage of tensors: initializers that lie in a file beside the model.
+
+Weights are read one at a time as memory maps and written one at a time, so that peak memory is bounded by the
+largest weight and not by the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
+
+# ONNX Runtime maps external data from the file; on a page boundary it needs no copy.
+ALIGNMENT = 4096
+
+# Smaller tensors stay inside the model file, where shape inference can see them.
+INLINE_BYTES = 1024
+
+
+def read_tensor(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
+    """The values of an initializer, as a read-only memory map where they are external data."""
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        inline: npt.NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+        return inline
+    external = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(
+        folder / external["location"], dtype, "r", offset=int(external.get("offset", 0)), shape=tuple(tensor.dims)
+    )
+
+
+class ExternalDataWriter:
+    """Writes initializers one after the other into a single external-data file.
+
+    Two runs over the same tensors write the same bytes: padding is zero, the order is the caller's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+
+    def __enter__(self) -> ExternalDataWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, values: npt.NDArray[Any], data_type: int | None = None) -> onnx.TensorProto:
+        """Append ``values`` and return the initializer that refers to them (inline when it is tiny)."""
+        import onnx
+
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype) if data_type is None else data_type
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
+        if values.nbytes < INLINE_BYTES:
+            tensor.raw_data = np.ascontiguousarray(values).tobytes()
+            return tensor
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        np.ascontiguousarray(values).tofile(self._file)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", self._path.name), ("offset", offset), ("length", values.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+def stored_bits(model: onnx.ModelProto, folder: Path) -> int:
+    """Bits of all weights as stored, shared bytes counted once."""
+    import onnx
+
+    extents: set[tuple[str, int, int]] = set()
+    inline = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            entry = {item.key: item.value for item in tensor.external_data}
+            length = int(entry.get("length", (folder / entry["location"]).stat().st_size))
+            extents.add((entry["location"], int(entry.get("offset", 0)), length))
+        else:
+            inline += tensor.ByteSize()
+    return 8 * (inline + sum(length for _, _, length in extents))

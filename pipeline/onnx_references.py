@@ -1,0 +1,103 @@
+"""Which stretches of which files an ONNX graph refers to, read from its bytes with the standard library alone.
+
+A package is checked before anything loads it, and where nothing is installed that could: this reads the Protocol
+Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as external data needs (onnx.proto).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# message → field number → message, for every path on which a tensor can lie (field numbers of onnx.proto).
+_NESTED: dict[str, dict[int, str]] = {
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
+}
+_EXTERNAL_DATA, _NAME = 13, 8  # fields of TensorProto
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class Reference:
+    """External data of one tensor: ``length`` bytes (``None``: to the end) at ``offset`` of the file ``location``."""
+
+    tensor: str
+    location: str
+    offset: int
+    length: int | None
+
+
+def read(data: bytes) -> list[Reference]:
+    """All external data that the model in ``data`` refers to.
+
+    Raises:
+        ValueError: the bytes are no ONNX model, or an offset or length is no number.
+    """
+    return list(_walk(memoryview(data), "Model", 0))
+
+
+def _walk(data: memoryview, message: str, depth: int) -> Iterator[Reference]:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    if message == "Tensor":
+        yield from _tensor(data)
+        return
+    for number, value in _fields(data):
+        nested = _NESTED[message].get(number)
+        if nested and isinstance(value, memoryview):
+            yield from _walk(value, nested, depth + 1)
+
+
+def _tensor(data: memoryview) -> Iterator[Reference]:
+    name, entries = "", {}
+    for number, value in _fields(data):
+        if number == _NAME and isinstance(value, memoryview):
+            name = bytes(value).decode("utf-8")
+        elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
+            pair = {key: bytes(text).decode("utf-8") for key, text in _fields(value) if isinstance(text, memoryview)}
+            entries[pair.get(1, "")] = pair.get(2, "")
+    if entries:
+        length = entries.get("length")
+        yield Reference(
+            name, entries.get("location", ""), int(entries.get("offset", "0")), int(length) if length else None
+        )
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        value: memoryview | int
+        if kind == 0:
+            value, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            value, at = data[at : at + size], at + size
+        elif kind == 2:
+            size, at = _varint(data, at)
+            value, at = data[at : at + size], at + size
+        else:
+            raise ValueError(f"wire type {kind} at byte {at} is not of an ONNX model")
+        if at > len(data):
+            raise ValueError("the file ends within a field")
+        yield tag >> 3, value
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    result = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError("the file ends within a number")
+        byte = data[at]
+        at += 1
+        result |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return result, at
+    raise ValueError("a number is longer than 10 bytes")

@@ -1,0 +1,68 @@
+"""The PyTorch reference: the float32 model that a package must reproduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A loaded checkpoint; ``eos`` are the ids that end an answer."""
+
+    model: Any
+    tokenizer: Any
+    eos: tuple[int, ...]
+
+    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits ``[T, V]`` float32 after each of ``ids`` (``[T]``)."""
+        import torch
+
+        with torch.inference_mode():
+            result: npt.NDArray[np.float32] = self.model(torch.tensor([list(ids)])).logits[0].float().numpy()
+        return result
+
+    def greedy(self, prompt: Sequence[int], limit: int) -> tuple[list[int], bool]:
+        """The most likely continuation of ``prompt``, and whether it ended (the end token is left out)."""
+        import torch
+
+        answer: list[int] = []
+        given, cache = torch.tensor([list(prompt)]), None
+        with torch.inference_mode():
+            for _ in range(limit):
+                out = self.model(given, past_key_values=cache, use_cache=True)
+                token = int(out.logits[0, -1].argmax())
+                if token in self.eos:
+                    return answer, True
+                answer.append(token)
+                given, cache = torch.tensor([[token]]), out.past_key_values
+        return answer, False
+
+
+def load(checkpoint: Path) -> Reference:
+    """Load a checkpoint directory in float32 on the CPU.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            "transformers cannot load the checkpoint", where=str(checkpoint), why=str(error)
+        ) from error
+    eos = model.generation_config.eos_token_id
+    eos = eos if eos is not None else model.config.eos_token_id
+    return Reference(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,))

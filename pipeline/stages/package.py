@@ -1,0 +1,97 @@
+"""Assemble what an app team gets: one flat directory that says what it is and can be checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import card, digest, verify
+from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, SCHEMA_VERSION, VALIDATION, Artifact, Progress, Result, Step
+from pipeline.errors import StageError
+
+_LICENSES = Path(__file__).parent.parent / "data"
+
+# The oldest runtime that packages were run with; older ones were not tried.
+MINIMUM_RUNTIME = "0.14.1"
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
+    """Write the package.
+
+    Raises:
+        StageError: the validation is of another model, or the licence text is missing.
+        PackageError: the package fails its own verification.
+    """
+    model, checkpoint, validated = (inputs[name] for name in ("quantize", "checkpoint", "validate"))
+    validation = json.loads((validated.path / VALIDATION).read_bytes())
+    weights = {name: sha256 for name, (_, sha256) in model.files.items() if name.startswith("model.onnx")}
+    if not validation["passed"] or validation["candidate"]["files"] != weights:
+        raise StageError("the model to be packaged is not the one that passed validation")
+    for index, name in enumerate(sorted(model.files)):
+        progress(0.8 * index / len(model.files), name)
+        shutil.copyfile(model.path / name, out_dir / name)
+    for name in (VALIDATION, GOLDEN):
+        shutil.copyfile(validated.path / name, out_dir / name)
+    _write_config(out_dir / "genai_config.json", step.fields["generation"])
+    _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
+    manifest = _describe(step, inputs)
+    size = sum(path.stat().st_size for path in out_dir.glob("*.data"))
+    (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
+    (out_dir / "NOTICE").write_text(card.notice(manifest), encoding="utf-8")
+    progress(0.9, "digests")
+    files = {path.name: path for path in sorted(out_dir.iterdir())}
+    sums = {name: digest.of_file(path) for name, path in files.items()}
+    manifest["files"] = {name: {"size": path.stat().st_size, "sha256": sums[name]} for name, path in files.items()}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
+    (out_dir / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    sums[MANIFEST] = digest.of_file(out_dir / MANIFEST)
+    (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
+    verify.package(out_dir)
+    return Result({"name": step.fields["name"], "weights": size, "files": len(files) + 2})
+
+
+def _write_config(path: Path, generation: Mapping[str, Any]) -> None:
+    """Put the recipe's search options into the exporter's configuration."""
+    config = json.loads(path.read_bytes())
+    if generation["context_length"]:
+        config["model"]["context_length"] = min(generation["context_length"], config["model"]["context_length"])
+    config["search"]["max_length"] = config["model"]["context_length"]
+    for key in ("do_sample", "temperature", "top_p", "top_k"):
+        config["search"][key] = generation[key]
+    path.write_text(json.dumps(config, indent=4), encoding="utf-8")
+
+
+def _write_license(checkpoint: Path, license_id: str, out_dir: Path) -> None:
+    own, known = checkpoint / "LICENSE", _LICENSES / f"{license_id}.txt"
+    if not own.is_file() and not known.is_file():
+        raise StageError(
+            f"there is no text of the licence {license_id}",
+            why="nobody may use weights without one, and the checkpoint has no file LICENSE",
+            fix="put the licence's text beside the checkpoint as LICENSE",
+        )
+    shutil.copyfile(own if own.is_file() else known, out_dir / "LICENSE")
+
+
+def _describe(step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The manifest, but for its files."""
+    fields = step.fields
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": fields["name"],
+        "source": {
+            "base_model": fields["base_model"],
+            "license": fields["license"],
+            "languages": fields["languages"],
+            "locations": fields["sources"],
+            "sha256": fields["sha256"],
+        },
+        "recipe": fields["recipe"],
+        "steps": {name: {"key": artifact.key, "digest": artifact.digest} for name, artifact in inputs.items()}
+        | {"package": {"key": step.key}},
+        "tools": fields["tools"],
+        "target": {"name": fields["target"], "provider": fields["provider"]},
+        "runtime": {"name": "onnxruntime-genai", "minimum": MINIMUM_RUNTIME},
+    }

@@ -1,0 +1,245 @@
+"""Hold what ships, run by the runtime that ships it, against the PyTorch reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline import generate, graph, metrics, parity, reference, texts
+from pipeline import session as sessions
+from pipeline.agreement import Tally
+from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step
+from pipeline.errors import GateError, StageError
+from pipeline.recipe import Gates, Validate
+from pipeline.reference import Reference
+from pipeline.session import Session
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+# A package that answers this many times longer than a reference that came to an end has lost its end token.
+_RUNAWAY = 2
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of evaluation text."""
+
+    domain: str
+    ids: list[int]
+
+
+def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
+    """Write ``validation.json`` and ``golden.jsonl``; the result is refused when a gate is not met.
+
+    Raises:
+        StageError: the evaluation text is too short, or is not the pinned one.
+        PackageError: the runtime cannot load the model.
+    """
+    spec = Validate.model_validate(
+        {key: step.fields[key] for key in Validate.model_fields if key in step.fields}, strict=False
+    )
+    package = inputs["quantize"].path
+    progress(0.0, "loading the reference")
+    torch_model = reference.load(inputs["checkpoint"].path)
+    session = sessions.open_package(package)
+    windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
+    report: dict[str, Any] = {
+        "schema_version": 1,
+        "reference": {
+            "checkpoint": inputs["checkpoint"].digest,
+            "dtype": "float32",
+            "runtime": f"torch {step.tools['torch']}",
+        },
+        "candidate": {
+            "files": {
+                name: sha256 for name, (_, sha256) in inputs["quantize"].files.items() if name.startswith("model.onnx")
+            },
+            "runtime": f"onnxruntime-genai {step.tools['onnxruntime-genai']}",
+            "target": step.fields["target"],
+            "executed_on": "CPUExecutionProvider",
+        },
+        "text": {"sha256": step.fields["text"], "windows": len(windows), "window_tokens": spec.window_tokens},
+    }
+    scratch = out_dir.parent / "twin"
+    try:
+        report |= _agreement(torch_model, session, _whole_prompt_twin(package, scratch), windows, progress)
+    except ValueError as error:
+        report["finite"] = False
+        report["failure"] = str(error)
+    else:
+        report["finite"] = True
+    shutil.rmtree(scratch, ignore_errors=True)
+    progress(0.85, "greedy answers")
+    report |= _answers(torch_model, session, spec.greedy_tokens, out_dir)
+    progress(0.95, "tokenizer and chat template")
+    report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
+    report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
+    report["gates"] = gates(report, spec.gates)
+    report["passed"] = all(gate["passed"] for gate in report["gates"])
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (out_dir / VALIDATION).write_text(text + "\n", encoding="utf-8")
+    facts = {"passed": report["passed"], **{path: report.get(path) for path in ("prefill", "decode")}}
+    return Result(facts, None if report["passed"] else _refusal(report, inputs["quantize"].facts).as_dict())
+
+
+def cut(tokenizer: Any, count: int, length: int) -> list[Window]:
+    """``count`` windows of ``length`` tokens from the evaluation text, the domains taking turns.
+
+    Raises:
+        StageError: the text is too short.
+    """
+    corpus = texts.EVALUATION.read()
+    ids = {domain: tokenizer(text, add_special_tokens=False)["input_ids"] for domain, text in corpus.items()}
+    windows = []
+    for index in range(count):
+        turn, domain = divmod(index, len(ids))
+        name = list(ids)[domain]
+        part = ids[name][turn * length : (turn + 1) * length]
+        if len(part) < length:
+            raise StageError(
+                f"the evaluation text holds fewer than {count} windows of {length} tokens",
+                where="validate.windows, validate.window_tokens",
+                why=f"its {name} part has {len(ids[name])} tokens",
+                fix="ask for fewer or shorter windows",
+            )
+        windows.append(Window(name, part))
+    return windows
+
+
+def _whole_prompt_twin(package: Path, folder: Path) -> Path:
+    """The package with logits for all tokens of a prompt: the same weights, byte for byte, less one Slice node.
+
+    The head of a package sees the last token only; measuring every position through it would take a prefill each.
+    """
+    import onnx
+
+    model = graph.load(package / "model.onnx")
+    if not graph.unprune_head(model):
+        return package
+    folder.mkdir()
+    onnx.save(model, str(folder / "model.onnx"))
+    for path in package.iterdir():
+        if path.name != "model.onnx":
+            try:
+                os.link(path, folder / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def _agreement(
+    torch_model: Reference, session: Session, twin: Path, windows: Sequence[Window], progress: Progress
+) -> dict[str, Any]:
+    """Figures of the prefill and the decode path, over all windows and by domain."""
+    whole = session if twin == session.package else sessions.open_package(twin)
+    prefill, decode = Tally(), Tally()
+    last_token_error = 0.0
+    for index, window in enumerate(windows):
+        progress(0.05 + 0.8 * index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
+        wanted = metrics.log_softmax(torch_model.logits(window.ids))
+        found = generate.prefill_logits(whole, window.ids)
+        prefill.add(window.domain, wanted, found, window.ids)
+        last = generate.prefill_logits(session, window.ids)[-1]
+        last_token_error = max(last_token_error, _largest_difference(last, found[-1]))
+        decode.add(window.domain, wanted, generate.decode_logits(session, window.ids), window.ids)
+    return {
+        path: {**tally.figures(), "domains": {domain: tally.figures(domain) for domain in tally.domains}}
+        for path, tally in (("prefill", prefill), ("decode", decode))
+    } | {"last_token_prefill_error": round(last_token_error, 6)}
+
+
+def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
+    return float(np.abs(left - right).max())
+
+
+def _answers(torch_model: Reference, session: Session, limit: int, out_dir: Path) -> dict[str, Any]:
+    """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
+    answers, golden = [], []
+    for conversation in texts.CONVERSATIONS:
+        tools = [dict(tool) for tool in conversation.tools] or None
+        prompt = torch_model.tokenizer.apply_chat_template(
+            [dict(message) for message in conversation.messages], tools=tools, add_generation_prompt=True, tokenize=True
+        )
+        wanted, ended = torch_model.greedy(prompt, limit)
+        longer = list(generate.stream(session, prompt, _RUNAWAY * limit))
+        found = longer[: len(wanted)] if not ended else longer
+        answers.append(
+            {
+                "name": conversation.name,
+                "agreement": round(metrics.greedy_agreement(wanted, found[: max(len(wanted), 1)]), 4),
+                "first_divergence": metrics.first_divergence(wanted, found),
+                "reference_ended": ended,
+                "ended": len(longer) < _RUNAWAY * limit,
+                "reference": torch_model.tokenizer.decode(wanted),
+                "answer": torch_model.tokenizer.decode(found),
+            }
+        )
+        golden.append({"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]})
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
+    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
+    mean = sum(answer["agreement"] for answer in answers) / len(answers)
+    return {
+        "greedy": {"tokens": limit, "agreement": round(mean, 4), "answers": answers},
+        "eos": {"ids": sorted(session.eos), "reference_ids": sorted(torch_model.eos)},
+    }
+
+
+def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
+    """Every gate with what was measured.
+
+    Returns:
+        for each ``metric``, ``path``, ``value``, ``bound``, ``sense`` (max or min), ``passed``.
+    """
+    found = [_gate("finite", "", float(report["finite"]), 1.0, "min")]
+    for path in ("prefill", "decode") if report["finite"] else ():
+        figures = report[path]
+        for metric in ("mean_kl", "p99_kl", "perplexity_ratio"):
+            bound = getattr(wanted, metric)
+            if bound is not None:
+                found.append(_gate(metric, path, figures[metric], bound, "max"))
+        found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
+    found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
+    runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
+    found.append(_gate("runaway_answers", "decode", runaway, 0, "max"))
+    missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
+    found.append(_gate("eos_mismatches", "", missing_eos, 0, "max"))
+    for key in ("tokenizer", "chat_template"):
+        for name in ("runtime", "served"):
+            unexplained = [entry for entry in report[key][name] if "reason" not in entry]
+            found.append(_gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
+    return found
+
+
+def _gate(metric: str, path: str, value: float, bound: float, sense: str) -> dict[str, Any]:
+    passed = value <= bound if sense == "max" else value >= bound
+    return {"metric": metric, "path": path, "value": value, "bound": bound, "sense": sense, "passed": bool(passed)}
+
+
+def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateError:
+    failed = [gate for gate in report["gates"] if not gate["passed"]]
+    rows = [
+        f"{gate['metric']}{' (' + gate['path'] + ')' if gate['path'] else ''} is {gate['value']:g}, "
+        f"the gate is {'at most' if gate['sense'] == 'max' else 'at least'} {gate['bound']:g}"
+        for gate in failed
+    ]
+    if not report["finite"]:
+        rows.insert(0, str(report["failure"]))
+    advice = {
+        "dynamic": "quantize.options: {reduce_range: true} avoids saturated sums on processors without VNNI; "
+        "algorithm min_error with 8 bits keeps activations out of it",
+        "rtn": "algorithm min_error at the same size, symmetric: false, a smaller block_size, "
+        "or an override with 8 bits for model.layers.*.mlp.down_proj",
+    }
+    fix = advice.get(
+        str(quantized.get("algorithm")),
+        "symmetric: false, a smaller block_size, or 8 bits for some weights by an override",
+    )
+    return GateError("the model does not reproduce its reference", why="; ".join(rows), fix=f"try {fix}")

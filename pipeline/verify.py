@@ -1,0 +1,286 @@
+"""Check a received package before anything in it is trusted.
+
+The order matters: the exact set of files, their digests, the manifest, the configuration's keys, the graph's external
+data; and only then, where asked for, is the model loaded and its golden transcript replayed.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline import digest, onnx_references
+from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, read_manifest
+from pipeline.errors import PackageError, RuntimeMissing
+
+# Keys that a genai_config.json may have; every other one is refused. Left out on purpose: `custom_ops_library` and
+# `ep_library_path`, whose values the runtime loads as native code.
+_DECODER = {
+    "session_options": {
+        "log_id": str,
+        "provider_options": [],
+        "intra_op_num_threads": int,
+        "inter_op_num_threads": int,
+        "enable_cpu_mem_arena": bool,
+        "enable_mem_pattern": bool,
+        "graph_optimization_level": str,
+    },
+    "filename": str,
+    "head_size": int,
+    "hidden_size": int,
+    "num_attention_heads": int,
+    "num_hidden_layers": int,
+    "num_key_value_heads": int,
+    "inputs": dict,
+    "outputs": dict,
+}
+_CONFIG: dict[str, Any] = {
+    "model": {
+        "type": str,
+        "bos_token_id": int,
+        "eos_token_id": (int, list),
+        "pad_token_id": int,
+        "context_length": int,
+        "vocab_size": int,
+        "decoder": _DECODER,
+    },
+    "search": {
+        "chunk_size": int,
+        "diversity_penalty": (int, float),
+        "do_sample": bool,
+        "early_stopping": bool,
+        "length_penalty": (int, float),
+        "max_length": int,
+        "min_length": int,
+        "no_repeat_ngram_size": int,
+        "num_beams": int,
+        "num_return_sequences": int,
+        "past_present_share_buffer": bool,
+        "repetition_penalty": (int, float),
+        "temperature": (int, float),
+        "top_k": int,
+        "top_p": (int, float),
+    },
+}
+_MAX_JSON = 64 << 20
+
+
+def check_files(package: Path, progress: Callable[[int], None] | None = None) -> Manifest:
+    """Check that a directory holds exactly the files of its manifest, unchanged.
+
+    Raises:
+        PackageError: naming every file that is missing, added, changed, a link or otherwise special.
+    """
+    if not package.is_dir():
+        raise PackageError(
+            f"there is no package directory {package}", fix="give the directory that `qwen-onnx build` wrote"
+        )
+    manifest = read_manifest(package)
+    wanted = {name: sha256 for name, (_, sha256) in manifest.files.items()}
+    problems = []
+    entries = {entry.name: entry for entry in package.iterdir()}
+    for name, entry in sorted(entries.items()):
+        if not stat.S_ISREG(entry.lstat().st_mode):
+            problems.append(f"{name} is no regular file")
+        elif name not in wanted and name not in (MANIFEST, CHECKSUMS):
+            problems.append(f"{name} is not in the manifest")
+    problems += [f"{name} is missing" for name in sorted({*wanted, CHECKSUMS} - entries.keys())]
+    folded: dict[str, str] = {}
+    for name in sorted(entries):
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            problems.append(f"{name} and {other} are one file where case does not count")
+    if not problems:
+        problems = [
+            f"{name} has changed ({'size' if (package / name).stat().st_size != size else 'sha256'})"
+            for name, (size, sha256) in sorted(manifest.files.items())
+            if (package / name).stat().st_size != size or digest.of_file(package / name, progress) != sha256
+        ]
+        problems += _checksum_problems(package, wanted)
+    if problems:
+        raise PackageError(
+            f"{package} is not the package that was built",
+            why="; ".join(problems),
+            fix="fetch it again, and do not load it",
+        )
+    return manifest
+
+
+def _checksum_problems(package: Path, wanted: Mapping[str, str]) -> list[str]:
+    """SHA256SUMS must say the same as the manifest, and cover the manifest itself."""
+    text = (package / CHECKSUMS).read_bytes()
+    if text == checksums({**wanted, MANIFEST: digest.of_file(package / MANIFEST)}):
+        return []
+    return [f"{CHECKSUMS} does not agree with the files and the manifest"]
+
+
+def checksums(files: Mapping[str, str]) -> bytes:
+    """The content of ``SHA256SUMS`` for name → sha256, in the format of sha256sum(1)."""
+    return "".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()
+
+
+def check_config(package: Path) -> None:
+    """Refuse a ``genai_config.json`` with unknown keys, or with paths that leave the package.
+
+    Raises:
+        PackageError: naming every key.
+    """
+    path = package / "genai_config.json"
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"larger than {_MAX_JSON} bytes")
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError("genai_config.json cannot be read", where=str(path), why=str(error)) from None
+    problems = list(_config_problems(config, _CONFIG, ""))
+    if problems:
+        raise PackageError(
+            "genai_config.json has keys or values that this program does not trust",
+            where=str(path),
+            why="; ".join(problems),
+            fix="do not load it: some keys make the runtime load native code",
+        )
+
+
+def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
+    if isinstance(allowed, dict):
+        if not isinstance(value, dict):
+            yield f"`{key or 'the file'}` is no object"
+            return
+        for name, item in value.items():
+            inner = f"{key}.{name}" if key else name
+            if name in allowed:
+                yield from _config_problems(item, allowed[name], inner)
+            else:
+                yield f"unknown key `{inner}`"
+    elif isinstance(allowed, list):
+        if value != allowed:
+            yield f"`{key}` is not {allowed}"
+    elif allowed is dict:
+        if not isinstance(value, dict) or not all(_is_name(item) for item in value.values()):
+            yield f"`{key}` does not map to names"
+    elif not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
+        yield f"`{key}` has the wrong type"
+    elif key.endswith("filename") and not _is_name(value):
+        yield f"`{key}` leaves the package: {value!r}"
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and not set(value) & set("/\\\0") and value not in (".", "..")
+
+
+def check_external_data(package: Path) -> None:
+    """Refuse a graph whose external data lies outside the package or outside its files.
+
+    Raises:
+        PackageError: naming the first such tensor.
+    """
+    for path in sorted(package.glob("*.onnx")):
+        try:
+            references = onnx_references.read(path.read_bytes())
+        except (ValueError, UnicodeDecodeError) as error:
+            raise PackageError(f"{path.name} is not an ONNX model", where=str(path), why=str(error)) from None
+        for entry in references:
+            problem = _reference_problem(package, entry)
+            if problem:
+                raise PackageError(
+                    f"{path.name} refers to data that it may not read",
+                    where=f"tensor {entry.tensor}",
+                    why=problem,
+                    fix="do not load it",
+                )
+
+
+def _reference_problem(package: Path, entry: onnx_references.Reference) -> str:
+    location = PurePosixPath(entry.location)
+    if not _is_name(entry.location) or location.is_absolute():
+        return f"location {entry.location!r} is no file name of the package"
+    file = package / entry.location
+    if file.is_symlink() or not file.is_file():
+        return f"location {entry.location!r} is no regular file of the package"
+    size = file.stat().st_size
+    length = size - entry.offset if entry.length is None else entry.length
+    if entry.offset < 0 or length < 0 or entry.offset + length > size:
+        return f"bytes {entry.offset} to {entry.offset + length} of {entry.location}, which has {size}"
+    return ""
+
+
+def check_runtime(manifest: Manifest) -> str:
+    """The installed onnxruntime-genai's version, if it is recent enough for the package.
+
+    Raises:
+        RuntimeMissing: it is absent or older than the manifest's ``runtime.minimum``.
+    """
+    from importlib import metadata
+
+    minimum = str(manifest.data["runtime"].get("minimum", "0"))
+    try:
+        found = metadata.version("onnxruntime-genai")
+    except metadata.PackageNotFoundError:
+        raise RuntimeMissing("onnxruntime-genai is not installed", fix="pip install '.[serve]'") from None
+    if _version(found) < _version(minimum):
+        raise RuntimeMissing(
+            f"onnxruntime-genai {found} is too old for the package",
+            why=f"it needs {minimum}",
+            fix=f"pip install 'onnxruntime-genai>={minimum}'",
+        )
+    return found
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = []
+    for part in text.split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return tuple(parts)
+
+
+def replay(package: Path) -> dict[str, Any]:
+    """Run the golden transcript on this machine.
+
+    Returns:
+        ``prompts``, ``identical`` (prompts whose tokens are all equal) and ``agreement`` (share of tokens before the
+        first difference, over all prompts): kernels of another processor may round a near tie the other way.
+
+    Raises:
+        PackageError: the model cannot be loaded, or fewer than half of the tokens agree.
+    """
+    from pipeline import generate, session
+
+    opened = session.open_package(package)
+    entries = [json.loads(line) for line in (package / GOLDEN).read_text(encoding="utf-8").splitlines()]
+    identical = agreed = total = 0
+    for entry in entries:
+        wanted = entry["tokens"]
+        found = list(generate.stream(opened, entry["prompt"], max(len(wanted), 1)))[: len(wanted)]
+        same = next(
+            (index for index, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), len(found)
+        )
+        identical += same == len(wanted)
+        agreed, total = agreed + same, total + len(wanted)
+    result = {"prompts": len(entries), "identical": identical, "agreement": round(agreed / max(total, 1), 4)}
+    if agreed < total / 2:
+        raise PackageError(
+            "this machine does not compute what was validated",
+            why=f"{agreed} of {total} golden tokens agree before the first difference",
+            fix="update onnxruntime-genai, and report the processor and the versions",
+        )
+    return result
+
+
+def package(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:
+    """All checks that need no runtime, in order; returns the manifest.
+
+    Raises:
+        PackageError: the first check that failed.
+    """
+    manifest = check_files(folder, progress)
+    check_config(folder)
+    check_external_data(folder)
+    if "LICENSE" not in manifest.files:
+        raise PackageError(f"{folder} has no LICENSE", why="nobody may use weights without one")
+    return manifest

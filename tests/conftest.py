@@ -1,0 +1,26 @@
+"""What all tests share: no library reports home or asks the network, and tiny checkpoints are made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Maker of a tiny checkpoint, ``(model_type, tied=False) -> folder``, each made once; do not write into it."""
+    from tiny import tiny_checkpoint
+
+    @cache
+    def made(model_type: str, tied: bool = False) -> Path:
+        return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / model_type, model_type, tied)
+
+    return made
