@@ -70,10 +70,10 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
 
 
 class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
-    """The same by GPTQ, for the projections: rounding errors are made up for by what the calibration text shows.
+    """The same by GPTQ: rounding errors are made up for by what the calibration text shows.
 
-    8-bit weights, the head and the embedding take least-squares scales: their error is small, or has no later column
-    to go to.
+    8-bit weights and the embedding take least-squares scales: the error of the former is small, and the latter is
+    looked up, not multiplied with.
     """
 
     @classmethod

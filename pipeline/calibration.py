@@ -27,6 +27,7 @@ _INPUT = {
     "gate_proj": "mlp",
     "up_proj": "mlp",
     "down_proj": "gated",
+    "lm_head": "head",
 }
 
 
@@ -40,12 +41,13 @@ class Hessians:
 
     def __init__(self, checkpoint: Path, windows: int) -> None:
         loaded = reference.load(checkpoint)
+        self._count = len(loaded.model.model.layers)
         self._layers = _walk(loaded.model, _read(loaded.tokenizer, windows))
         self._at = -1
         self._now: dict[str, torch.Tensor] = {}
 
     def of(self, path: str) -> torch.Tensor | None:
-        """``sum(x xᵀ)`` (``[K, K]`` float32) over the inputs of a weight; ``None`` for the head and the embedding.
+        """``sum(x xᵀ)`` (``[K, K]`` float32) over the inputs of a weight; ``None`` for the embedding.
 
         Raises:
             StageError: the layer has been passed already.
@@ -54,7 +56,7 @@ class Hessians:
         kind = _INPUT.get(parts[-1])
         if kind is None:
             return None
-        layer = next(int(part) for part in parts if part.isdigit())
+        layer = next((int(part) for part in parts if part.isdigit()), self._count)
         if layer < self._at:
             raise StageError(
                 f"{path} comes after layer {self._at}", why="the graph's weights are not in the layers' order"
@@ -78,7 +80,7 @@ def _read(tokenizer: Any, windows: int) -> torch.Tensor:
 
 
 def _walk(model: Any, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the decoder layer by layer; yields each layer's Hessians by kind of input."""
+    """Run the decoder layer by layer; yields each layer's Hessians by kind of input, and last the head's."""
     import torch
 
     decoder = model.model
@@ -101,6 +103,8 @@ def _walk(model: Any, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
             for hook in hooks:
                 hook.remove()
             yield found
+        inputs = decoder.norm(hidden).reshape(-1, hidden.shape[-1])
+        yield {"head": inputs.t() @ inputs}
 
 
 def _adder(found: dict[str, torch.Tensor], kind: str) -> Any:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Share of the mean diagonal added to the Hessian, as in the paper: channels that hardly ever fire carry no information.
 _DAMPING = 0.01
 
+# Output channels worked on at once: they do not depend on one another, and a head has very many.
+_ROWS = 8192
+
 
 def quantize(
     weight: npt.NDArray[np.float32], hessian: torch.Tensor, bits: int, block_size: int, symmetric: bool
@@ -40,14 +43,33 @@ def quantize(
     rows, columns = weight.shape
     if columns % block_size:
         raise ValueError(f"{columns} input channels are no multiple of the block size {block_size}")
-    rest = torch.from_numpy(np.array(weight, np.float32))
-    if not bool(torch.isfinite(rest).all()):
-        raise ValueError("the weight has NaN or infinite values")
     correction = _correction(hessian)
-    top = float((1 << bits) - 1)
     codes = np.empty((rows, columns // block_size, block_size), np.uint8)
     scale = np.empty(codes.shape[:2], np.float32)
     zero = np.empty(codes.shape[:2], np.uint8)
+    for start in range(0, rows, _ROWS):
+        part = slice(start, start + _ROWS)
+        values = torch.from_numpy(np.array(weight[part], np.float32))
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("the weight has NaN or infinite values")
+        _quantize_rows(values, correction, bits, symmetric, codes[part], scale[part], zero[part])
+    return blockwise.assemble(codes, scale, None if symmetric else zero, bits, weight)
+
+
+def _quantize_rows(
+    rest: torch.Tensor,
+    correction: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    codes: npt.NDArray[np.uint8],
+    scale: npt.NDArray[np.float32],
+    zero: npt.NDArray[np.uint8],
+) -> None:
+    """Fill codes ``[N, G, B]``, scales and zero points ``[N, G]`` for ``rest`` (``[N, K]``), which is used up."""
+    import torch
+
+    top = float((1 << bits) - 1)
+    block_size = codes.shape[2]
     for block in range(codes.shape[1]):
         start, stop = block * block_size, (block + 1) * block_size
         s, z = blockwise.fit(rest[:, start:stop].contiguous(), bits, symmetric)
@@ -65,7 +87,6 @@ def quantize(
         rest[:, stop:].addmm_(errors.t(), correction[start:stop, stop:], alpha=-1.0)
         codes[:, block] = rounded.t().to(torch.uint8).numpy()
         scale[:, block], zero[:, block] = s.numpy(), z.to(torch.uint8).numpy()
-    return blockwise.assemble(codes, scale, None if symmetric else zero, bits, weight)
 
 
 def _correction(hessian: torch.Tensor) -> torch.Tensor:

@@ -256,7 +256,9 @@ def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path) ->
 
 def _shown(config: Mapping[str, Any]) -> str:
     """The settings of a pass, without the long ones."""
-    return ", ".join(f"{key}={value!r}" for key, value in config.items() if len(repr(value)) < 80)
+    return ", ".join(
+        f"{key}={value!r}" for key, value in config.items() if len(repr(value)) < 80 and not callable(value)
+    )
 
 
 def hf_model(checkpoint: Path) -> Any:

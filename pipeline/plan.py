@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, digest, texts
+from pipeline import __version__, checkpoint_files, digest, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
@@ -165,7 +165,9 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
         local = [loaded.path.parent / source.path for source in spec.sources if source.type == "local"]
         present = [path for path in local if path.exists()]
         if present:
-            identity["sha256"] = digest.of_file(present[0]) if present[0].is_file() else digest.of_tree(present[0])
+            identity["sha256"] = (
+                digest.of_file(present[0]) if present[0].is_file() else checkpoint_files.tree_digest(present[0])
+            )
         elif pinned:
             identity["revision"] = f"{pinned[0].repo}@{pinned[0].revision}"
         else:
@@ -192,7 +194,8 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     """Rough needs, from the sizes of the weights.
 
     The factors are what Qwen2.5-0.5B took on two cores, rounded up: converting holds the float32 weights one and a
-    half times; export and reference once, and a bit; quantization one vocabulary matrix; runtimes 1 GB.
+    half times; export and reference once, and a bit; quantization one vocabulary matrix, or where it calibrates all
+    float32 weights; runtimes 1 GB.
     """
     if shape is None:
         weights = 4 * (recipe.checkpoint.size or _GB)
@@ -206,12 +209,17 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
             5 if recipe.quantize.embedding == "float" else 2
         )
     fetched = recipe.checkpoint.size or 0
+    calibrated = recipe.quantize.algorithm == "gptq"
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
     seconds = weights / _GB  # a step's time is proportional to the weights it reads
     table = {
         "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
         "export": Estimate(weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)),
-        "quantize": Estimate(3 * vocabulary + _GB, packed, 8 + int(14 * seconds)),
+        "quantize": Estimate(
+            weights * 3 // 2 + _GB if calibrated else 3 * vocabulary + _GB,
+            packed,
+            8 + int((50 if calibrated else 14) * seconds),
+        ),
         "validate": Estimate(weights + packed + 6 * window + 2 * _GB, 0, 20 + int(50 * seconds)),
         "package": Estimate(_GB, 2 * packed, 5),
     }

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import digest
-from pipeline.artifact import VALIDATION, Artifact, Need, Step, read_manifest
-from pipeline.errors import QwenOnnxError, ResourceError, StageError, StoreError, from_dict
+from pipeline.artifact import CHECKSUMS, MANIFEST, VALIDATION, Artifact, Need, Step, read_manifest
+from pipeline.errors import QwenOnnxError, ResourceError, StageError, StoreError, UsageError, from_dict
 from pipeline.report import Reporter
 from pipeline.store import Store
 
@@ -97,6 +97,24 @@ def _one(step: Step, inputs: Mapping[str, Artifact], store: Store, reporter: Rep
     if hit:
         reporter.hit(hit)
         return hit
+    try:
+        return _make(step, inputs, store, reporter)
+    except BrokenPipeError:  # the reader of what is told has gone; nothing is wrong with the disk
+        raise
+    except OSError as error:
+        raise ResourceError(
+            f"the result of {step.stage} cannot be stored",
+            why=f"the disk of {store.root}: {error}",
+            fix="free some space and run the same command again",
+        ) from None
+
+
+def _make(step: Step, inputs: Mapping[str, Artifact], store: Store, reporter: Reporter) -> Artifact:
+    """Run a step under its lock, and publish what it wrote.
+
+    Raises:
+        OSError: the store's disk is full or fails.
+    """
     with store.lock(step.key, lambda: reporter.note(f"{step.stage}: another build is at it, waiting")) as lock:
         hit = store.get(step.stage, step.key)
         if hit:
@@ -106,16 +124,9 @@ def _one(step: Step, inputs: Mapping[str, Artifact], store: Store, reporter: Rep
             _check_input(artifact, store)
         reporter.start(step)
         started = time.monotonic()
-        try:
-            with store.workspace(step) as out_dir:
-                facts, peak = _run(step, inputs, out_dir, store, lock, reporter)
-                artifact = store.publish(step, out_dir, facts, time.monotonic() - started, peak)
-        except OSError as error:
-            raise ResourceError(
-                f"the result of {step.stage} cannot be stored",
-                why=str(error),
-                fix="free some space and run the same command again",
-            ) from None
+        with store.workspace(step) as out_dir:
+            facts, peak = _run(step, inputs, out_dir, store, lock, reporter)
+            artifact = store.publish(step, out_dir, facts, time.monotonic() - started, peak)
         reporter.done(artifact)
         return artifact
 
@@ -158,6 +169,8 @@ def _run(
     outcome: dict[str, Any] = {}
     with _ended(process), os.fdopen(read_end) as events:
         for line in events:
+            if not line.endswith("\n"):  # the worker died while it wrote
+                break
             event = json.loads(line)
             if event["event"] == "progress":
                 reporter.progress(step.stage, event["part"], event["what"])
@@ -210,20 +223,21 @@ def install(package: Artifact, folder: Path, store: Store) -> bool:
     Raises:
         ResourceError: it cannot be written there.
         StoreError: the stored package was damaged.
+        UsageError: something that is no package is there.
     """
     from pipeline import verify
 
     temporary, old = folder.parent / f".{folder.name}.new", folder.parent / f".{folder.name}.old"
-    with store.lock(digest.of_value(str(folder.resolve()))):
-        if old.exists() and not folder.exists():  # killed between the two renames below
-            old.rename(folder)
-        with contextlib.suppress(QwenOnnxError, OSError):
-            if verify.check_files(folder).digest == read_manifest(package.path).digest:
-                return False
-        try:
+    try:
+        with store.lock(digest.of_value(str(folder.resolve()))):
+            if old.exists() and not folder.exists():  # killed between the two renames below
+                old.rename(folder)
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            _check_place(folder)
+            with contextlib.suppress(QwenOnnxError, OSError):
+                if verify.check_files(folder).digest == read_manifest(package.path).digest:
+                    return False
             if problems := store.problems(package):
                 store.remove(package)
                 raise StoreError(
@@ -231,18 +245,37 @@ def install(package: Artifact, folder: Path, store: Store) -> bool:
                     why="its files do not have the digests they were stored with; it has been removed",
                     fix="run the same command again: it is made anew",
                 )
-            shutil.copytree(package.path, temporary)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-        except OSError as error:
-            raise ResourceError(
-                f"the package cannot be written to {folder}",
-                why=str(error),
-                fix="free some space or choose another place with --out; the package is safe in the store",
-            ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
+            _replace(folder, package.path, temporary, old)
+    except OSError as error:
+        raise ResourceError(
+            f"the package cannot be written to {folder}",
+            why=str(error),
+            fix="free some space or choose another place with --out; the package is safe in the store",
+        ) from None
     return True
+
+
+def _check_place(folder: Path) -> None:
+    """Refuse to replace what no build has put there."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = names and not names & {MANIFEST, CHECKSUMS}
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()) or foreign:
+        raise UsageError(
+            f"{folder} exists and is no package",
+            why="a build replaces its package as a whole, and these files would be lost",
+            fix="move it away, or choose another place with --out; the package is safe in the store",
+        )
+
+
+def _replace(folder: Path, source: Path, temporary: Path, old: Path) -> None:
+    """Copy ``source``, then put the copy in the place of ``folder``."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, temporary)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)

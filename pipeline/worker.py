@@ -10,15 +10,23 @@ import ctypes
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import stages
 from pipeline.artifact import Artifact, Step
 from pipeline.errors import QwenOnnxError, ResourceError, StageError
+
+# Bytes; a step that fails with less than that left on the disk most likely failed for it.
+_FULL = 1_000_000
+# What numpy says when a file cannot be written to its end, without telling why.
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 def main(job_file: str) -> int:
@@ -41,30 +49,54 @@ def main(job_file: str) -> int:
                 lambda part, what: send({"event": "progress", "part": part, "what": what}),
             )
         except BaseException as error:
-            send({"event": "error", **_explain(error, step.stage).as_dict()})
+            send({"event": "error", **_explain(error, step.stage, Path(job["out_dir"])).as_dict()})
             traceback.print_exc()
             return 1
         send({"event": "result", "facts": result.facts, "refused": result.refused})
     return 0
 
 
-def _explain(error: BaseException, stage: str) -> QwenOnnxError:
-    """The error to show for any exception; libraries report a full disk in many ways."""
-    if isinstance(error, QwenOnnxError):
+def _explain(error: BaseException, stage: str, out_dir: Path) -> QwenOnnxError:
+    """The error to show for any exception."""
+    if isinstance(error, QwenOnnxError) and not isinstance(error, StageError):
         return error
     text = f"{type(error).__name__}: {error}"
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in text:
+    if isinstance(error, StageError):
+        text = error.why or error.what
+    numbers = {cause.errno for cause in _chain(error) if isinstance(cause, OSError)}
+    if numbers & {errno.ENOSPC, errno.EDQUOT} or "No space left" in text or _is_full(out_dir):
         return ResourceError(
             f"the disk filled up during {stage}",
             why=text,
             fix="free some space (`qwen-onnx store gc`) and run the same command again",
         )
+    if errno.EFBIG in numbers or "File too large" in text or _SHORT_WRITE.search(text):
+        return ResourceError(
+            f"the disk does not take a file of {stage}",
+            why=f"{text}: it may be larger than the file system, a quota or `ulimit -f` allows",
+            fix="choose another disk with --store, or raise the limit, and run the same command again",
+        )
+    if isinstance(error, StageError):
+        return error
     if isinstance(error, MemoryError):
         return ResourceError(
             f"{stage} ran out of memory", why=text, fix="close other programs, or use a larger machine"
         )
     return StageError(f"{stage} failed", why=text)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a write may have failed for want of space: libraries report that in many ways, and some not at all."""
+    try:
+        return shutil.disk_usage(folder).free < _FULL
+    except OSError:
+        return False
 
 
 def _die_with_parent(parent: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint
+from pipeline import checkpoint, checkpoint_files
 from pipeline.errors import CheckpointError
 from pipeline.family import read_shape
 
@@ -48,7 +48,7 @@ def _bytes(
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
-_TENSORS = dict(checkpoint._expected(read_shape(_CONFIG, "here")))
+_TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here")))
 
 
 @pytest.fixture

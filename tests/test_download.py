@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, download
+from pipeline import checkpoint, checkpoint_files, download
 from pipeline.errors import CheckpointError, DownloadError
 from pipeline.recipe import Checkpoint
 
@@ -335,7 +335,7 @@ def test_a_snapshot_holds_the_checkpoint_alone_and_is_complete_when_it_appears(h
     (local / ".git" / "config.json").write_text("{}")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         (local / name).write_bytes(listed[name])
-    assert checkpoint.tree_digest(local) == checkpoint.tree_digest(folder)
+    assert checkpoint_files.tree_digest(local) == checkpoint_files.tree_digest(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     "nearly an algorithm": (
         "quantize: {algorithm: min_eror}",
-        [("cpu-int4.yaml:2: `quantize.algorithm`: should be 'min_error'", "did you mean `min_error`?")],
+        [("cpu-int4.yaml:2: `quantize.algorithm`: should be 'gptq', 'min_error'", "did you mean `min_error`?")],
     ),
     "a branch for a commit": (
         "checkpoint: {sources: [{type: hub, repo: a/b, revision: main}]}",
@@ -453,6 +453,7 @@ quantize:
   embedding: {SCHEME}
   overrides: [{{match: "*.v_proj", scheme: {SCHEME}}}]
   exclude: ["*.q_proj"]
+  calibration_windows: 8
   accuracy_level: 1
   options: {{b: 1}}
 validate:
