@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 .PHONY: help cpu cuda directml npu test test-all lint recipes verify serve bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(READY): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -21,7 +21,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,dev]'
 	@touch $@
 
-cpu cuda directml npu: $(READY) ## build, validate and package $(MODEL) for that hardware, and ask it something
+cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
+cuda directml npu: ## say what is missing to build for that hardware
+cpu cuda directml npu: $(READY)
 	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
 
 test: $(READY) ## all tests but those on the real checkpoint
@@ -40,10 +42,10 @@ verify: $(READY) ## check $(PACKAGE) and replay its golden transcript here
 	@$(QWEN) verify $(PACKAGE) --replay
 
 bench: $(READY) ## time $(PACKAGE) against Olive's plain ModelBuilder INT4
-	@$(BIN)/python -m pipeline.bench $(PACKAGE)
+	@$(QWEN) bench $(PACKAGE) --against plain-olive
 
-serve: $(READY) ## answer on a port (not there yet)
-	@$(QWEN) serve $(PACKAGE)
+serve: ## not there yet: the server comes with a later version
+	@echo 'there is no server yet; `$(QWEN) generate $(PACKAGE) --prompt "..."` answers on the command line' >&2; exit 2
 
 clean: ## remove packages, store and caches; the virtual environment stays
 	rm -rf artifacts/* artifacts/.store .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -18,6 +18,7 @@ from pipeline.errors import ERRORS, INTERRUPTED, GateError, QwenOnnxError, Usage
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
+    from pipeline.generate import Sampling
     from pipeline.recipe import Loaded
     from pipeline.store import Store
 
@@ -67,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(plan)
     _json_option(plan)
 
+    _recipe_commands(commands)
+    _store_commands(commands)
+    _package_commands(commands)
+    return parser
+
+
+def _recipe_commands(commands: Any) -> None:
     recipe = commands.add_parser("recipe", help="list, show, check recipes").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -78,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("recipes", type=Path, nargs="+")
     _command(recipe, "schema", _recipe_schema, "JSON schema of a recipe, for editors")
 
+
+def _store_commands(commands: Any) -> None:
     store = commands.add_parser("store", help="list, clean, check the store").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -91,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "gc":
             parsed.add_argument("--keep", type=Path, nargs="*", help="recipes to keep (default: all below recipes/)")
 
+
+def _package_commands(commands: Any) -> None:
     verify = _command(
         commands, "verify", _verify, "check a package before it is used; nothing of it is loaded before that"
     )
@@ -112,8 +124,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
+    bench = _command(commands, "bench", _bench, "time packages against one another, or against other tools")
+    bench.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE")
+    bench.add_argument(
+        "--against", action="append", default=[], metavar="PEER", help="plain-olive: ModelBuilder's INT4"
+    )
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    bench.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
+    _store_option(bench)
+    _json_option(bench)
+
     _command(commands, "targets", _targets, "what each target is, and what is missing to build it")
-    return parser
 
 
 def _command(commands: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:
@@ -175,13 +197,19 @@ def _answer(folder: Path, prompt: str) -> None:
     """Let a package that was just built and verified answer a prompt."""
     from pipeline import chat
 
-    tokenizer = chat.load(folder)
     print(f"\n> {prompt}\n")
-    _stream(folder, tokenizer.encode_chat([{"role": "user", "content": prompt}]), 64)
+    _stream(folder, chat.load(folder).encode_chat([{"role": "user", "content": prompt}]), 64)
 
 
-def _stream(folder: Path, prompt: Sequence[int], limit: int, threads: int | None = None, sampling: Any = None) -> None:
-    """Print an answer as it comes, and its speed to standard error."""
+def _stream(
+    folder: Path,
+    prompt: Sequence[int],
+    limit: int,
+    threads: int | None = None,
+    sampling: Sampling | None = None,
+    as_json: bool = False,
+) -> None:
+    """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
     import time
 
     from pipeline import chat, generate, session
@@ -193,11 +221,20 @@ def _stream(folder: Path, prompt: Sequence[int], limit: int, threads: int | None
     for token in generate.stream(opened, prompt, limit, sampling):
         count += 1
         first = first or time.perf_counter() - begin
-        print(text.push(token), end="", flush=True)
-    print(text.rest(), flush=True)
+        piece = text.push(token)
+        print(
+            json.dumps({"token": token, "text": piece}) if as_json else piece, end="\n" if as_json else "", flush=True
+        )
     took = time.perf_counter() - begin - first
-    speed = f"{(count - 1) / took:.0f} tokens/s" if count > 1 and took > 0 else ""
-    print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s, {speed})", file=sys.stderr)
+    speed = (count - 1) / took if count > 1 and took > 0 else 0.0
+    if as_json:
+        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": "length" if count == limit else "eos"}
+        times = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
+        print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
+        return
+    print(text.rest(), flush=True)
+    rate = f", {speed:.0f} tokens/s" if speed else ""
+    print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s{rate})", file=sys.stderr)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -242,14 +279,12 @@ def _recipe_show(options: argparse.Namespace) -> int:
 
 
 def _recipe_lint(options: argparse.Namespace) -> int:
-    from pipeline import plan, recipe, report
+    from pipeline import recipe, report
 
     worst = 0
     for path in options.recipes:
         try:
-            loaded = recipe.load(path)
-            plan.make(loaded)
-            _check_olive_options(loaded)
+            _check_olive_options(recipe.load(path))
         except QwenOnnxError as error:
             report.show_error(error, False)
             worst = max(worst, error.exit_code)
@@ -355,15 +390,34 @@ def _generate(options: argparse.Namespace) -> int:
         if options.raw
         else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
     )
-    if options.json:
-        from pipeline import generate, session
+    _stream(options.package, prompt, options.max_tokens, options.threads, sampling, options.json)
+    return 0
 
-        for token in generate.stream(
-            session.open_package(options.package, options.threads), prompt, options.max_tokens, sampling
-        ):
-            print(json.dumps({"token": token}), flush=True)
+
+def _bench(options: argparse.Namespace) -> int:
+    from pipeline import bench, report
+
+    packages = {path.name: path for path in options.packages}
+    packages |= {name: bench.peer(name, options.packages[0], _open_store(options)) for name in options.against}
+    runs = bench.compare(packages, options.rounds, options.prompt_tokens, options.threads)
+    figures = bench.summary(runs)
+    if options.json:
+        print(json.dumps(figures))
         return 0
-    _stream(options.package, prompt, options.max_tokens, options.threads, sampling)
+    rows = [
+        (
+            name,
+            f"{entry['prefill']:.0f}",
+            f"{entry['decode']:.1f}",
+            f"{entry['peak_memory'] / 1e6:.0f}",
+            f"{entry['prefill_ratio']:.2f}" if "prefill_ratio" in entry else "",
+            f"{entry['decode_ratio']:.2f}" if "decode_ratio" in entry else "",
+        )
+        for name, entry in figures.items()
+    ]
+    first = next(iter(packages))
+    print(f"medians of {options.rounds} interleaved runs; ratios are {first} / the other, pair by pair")
+    print(report.table(rows, ("PACKAGE", "PREFILL tok/s", "DECODE tok/s", "PEAK MB", "PREFILL ×", "DECODE ×")))
     return 0
 
 

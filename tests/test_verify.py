@@ -1,0 +1,227 @@
+"""A package that is not what was built is refused, and nothing of it is loaded before that."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from pipeline import digest, onnx_references, verify
+from pipeline.artifact import CHECKSUMS, MANIFEST
+from pipeline.errors import PackageError, RuntimeMissing
+
+CONFIG = {
+    "model": {
+        "type": "qwen2",
+        "eos_token_id": [1, 2],
+        "vocab_size": 8,
+        "context_length": 16,
+        "decoder": {
+            "session_options": {"log_id": "x", "provider_options": []},
+            "filename": "model.onnx",
+            "inputs": {"input_ids": "input_ids"},
+            "outputs": {"logits": "logits"},
+        },
+    },
+    "search": {"max_length": 16, "temperature": 0.7},
+}
+
+
+def external(name: str, **entries: str) -> TensorProto:
+    tensor = numpy_helper.from_array(np.zeros(4, np.float32), name)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def model(*tensors: TensorProto, nodes: tuple[Any, ...] = ()) -> onnx.ModelProto:
+    nodes = nodes or (helper.make_node("Identity", ["w"], ["y"]),)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [4])
+    return helper.make_model(helper.make_graph(list(nodes), "g", [], [output], list(tensors)))
+
+
+GOOD = {"location": "model.onnx.data", "offset": "0", "length": "16"}
+
+
+def seal(folder: Path, **changes: Any) -> None:
+    """Write manifest and checksums for whatever lies in ``folder``."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (MANIFEST, CHECKSUMS))
+    files = {n: {"size": (folder / n).stat().st_size, "sha256": digest.of_file(folder / n)} for n in names}
+    data = {key: {} for key in ("source", "recipe", "steps", "target")}
+    data |= {"schema_version": 1, "name": "p", "runtime": {"minimum": "0.14.1"}, "files": files, **changes}
+    (folder / MANIFEST).write_text(json.dumps(data))
+    sums = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: digest.of_file(folder / MANIFEST)}
+    (folder / CHECKSUMS).write_bytes(verify.checksums(sums))
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    folder = tmp_path / "a package, ünïcode"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(model(external("w", **GOOD)).SerializeToString())
+    (folder / "model.onnx.data").write_bytes(bytes(range(64)))
+    (folder / "genai_config.json").write_text(json.dumps(CONFIG))
+    (folder / "LICENSE").write_text("do what you like")
+    seal(folder)
+    return folder
+
+
+def test_a_package_as_built_passes(package: Path) -> None:
+    assert verify.package(package).data["name"] == "p"
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "model.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+
+
+def _link(folder: Path) -> None:
+    (folder / "LICENSE").rename(folder.parent / "elsewhere")
+    (folder / "LICENSE").symlink_to(folder.parent / "elsewhere")
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "one flipped bit": (_flip, "model.onnx.data has changed (sha256)"),
+    "a truncated file": (lambda p: os.truncate(p / "model.onnx.data", 63), "model.onnx.data has changed (size)"),
+    "an extra file": (lambda p: (p / "extra.so").write_text("x"), "extra.so is not in the manifest"),
+    "a hidden file": (lambda p: (p / ".hidden").write_text("x"), ".hidden is not in the manifest"),
+    "a folder": (lambda p: (p / "sub").mkdir(), "sub is no regular file"),
+    "a missing file": (lambda p: (p / "LICENSE").unlink(), "LICENSE is missing"),
+    "a link": (_link, "LICENSE is no regular file"),
+    "a pipe": (lambda p: os.mkfifo(p / "pipe"), "pipe is no regular file"),
+    "names that differ by case": (lambda p: (p / "license").write_text("x"), "one file where case does not count"),
+    "other checksums": (lambda p: (p / CHECKSUMS).write_text("0"), "SHA256SUMS does not agree"),
+    "no checksums": (lambda p: (p / CHECKSUMS).unlink(), "SHA256SUMS is missing"),
+    "a manifest that is not JSON": (lambda p: (p / MANIFEST).write_text("{"), "cannot be read"),
+    "a manifest nested too deep": (lambda p: (p / MANIFEST).write_text("[" * 200_000), "cannot be read"),
+    "a newer schema": (lambda p: seal(p, schema_version=2), "schema version 2; this program reads 1"),
+    "a name that leaves": (lambda p: seal(p, files={"../x": {"size": 0, "sha256": ""}}), "one flat directory"),
+    "no licence": (lambda p: ((p / "LICENSE").unlink(), seal(p)), "has no LICENSE"),
+    "no manifest": (lambda p: (p / MANIFEST).unlink(), "is not a package"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_tampering_is_named(package: Path, case: str) -> None:
+    tamper, text = TAMPERED[case]
+    tamper(package)
+    with pytest.raises(PackageError) as caught:
+        verify.package(package)
+    assert text in str(caught.value)
+
+
+DECODER = CONFIG["model"]["decoder"]  # type: ignore[index]
+HOSTILE_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "native code": ({"custom_ops_library": "evil.so"}, "unknown key `model.decoder.custom_ops_library`"),
+    "native code in a session": (
+        {"session_options": {"custom_ops_library": "evil.so"}},
+        "unknown key `model.decoder.session_options.custom_ops_library`",
+    ),
+    "a provider's library": (
+        {"session_options": {"provider_options": [{"QNN": {"backend_path": "evil.so"}}]}},
+        "`model.decoder.session_options.provider_options` is not []",
+    ),
+    "a file elsewhere": ({"filename": "../model.onnx"}, "`model.decoder.filename` leaves the package"),
+    "an absolute file": ({"filename": "/model.onnx"}, "`model.decoder.filename` leaves the package"),
+    "a flag for a number": ({"head_size": True}, "`model.decoder.head_size` has the wrong type"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_CONFIGS)
+def test_a_configuration_that_is_not_trusted_is_refused(package: Path, case: str) -> None:
+    changes, text = HOSTILE_CONFIGS[case]
+    config = {**CONFIG, "model": {**CONFIG["model"], "decoder": {**DECODER, **changes}}}  # type: ignore[dict-item]
+    (package / "genai_config.json").write_text(json.dumps(config))
+    seal(package)
+    with pytest.raises(PackageError) as caught:
+        verify.package(package)
+    assert text in str(caught.value)
+
+
+HOSTILE_DATA = {
+    "the folder above": ({**GOOD, "location": "../x"}, "no file name of the package"),
+    "an absolute path": ({**GOOD, "location": "/etc/passwd"}, "no file name of the package"),
+    "a detour": ({**GOOD, "location": "a/../../b"}, "no file name of the package"),
+    "a missing file": ({**GOOD, "location": "other"}, "no regular file of the package"),
+    "a negative offset": ({**GOOD, "offset": "-8"}, "bytes -8 to 8"),
+    "a huge length": ({**GOOD, "length": "1000000000000"}, "which has 64"),
+    "an offset that is no number": ({**GOOD, "offset": "x"}, "is not an ONNX model"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_DATA)
+@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "sparse"])
+def test_external_data_stays_inside(package: Path, case: str, place: str) -> None:
+    entries, text = HOSTILE_DATA[case]
+    bad = external("bad", **entries)
+    if place == "initializer":
+        made = model(bad)
+    elif place == "attribute":
+        made = model(nodes=(helper.make_node("Constant", [], ["y"], value=bad),))
+    elif place == "subgraph":
+        inner = helper.make_graph([], "inner", [], [], [bad])
+        made = model(nodes=(helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner),))
+    else:
+        made = model()
+        made.graph.sparse_initializer.add().values.CopyFrom(bad)
+    (package / "model.onnx").write_bytes(made.SerializeToString())
+    seal(package)
+    with pytest.raises(PackageError) as caught:
+        verify.package(package)
+    assert text in str(caught.value)
+
+
+def test_nothing_is_loaded_before_the_checks_are_through(package: Path) -> None:
+    blocked = "import sys; sys.modules.update({n: None for n in ('onnx', 'onnxruntime', 'onnxruntime_genai', 'numpy')})"
+    call = f"{blocked}; from pipeline.cli import main; sys.exit(main(['verify', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", call, str(package)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    _flip(package)
+    done = subprocess.run([sys.executable, "-c", call, str(package)], capture_output=True, text=True, check=False)
+    assert done.returncode == 9
+    assert "Traceback" not in done.stderr
+
+
+def test_a_runtime_that_is_too_old_is_named(package: Path) -> None:
+    seal(package, runtime={"minimum": "999.1"})
+    with pytest.raises(RuntimeMissing, match="too old"):
+        verify.check_runtime(verify.package(package))
+
+
+def test_references_agree_with_the_onnx_library() -> None:
+    made = model(external("w", **GOOD), external("v", location="z", offset="4"))
+    found = onnx_references.read(made.SerializeToString())
+    assert [(entry.tensor, entry.location, entry.offset, entry.length) for entry in found] == [
+        ("w", "model.onnx.data", 0, 16),
+        ("v", "z", 4, None),
+    ]
+
+
+def test_damaged_models_are_parsed_or_refused_and_nothing_else() -> None:
+    good = model(external("w", **GOOD)).SerializeToString()
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(500):
+        data = bytearray(good[: chance.randrange(len(good) + 1)])
+        for _ in range(chance.randrange(4)):
+            if data:
+                data[chance.randrange(len(data))] = chance.randrange(256)
+        try:
+            onnx_references.read(bytes(data))
+        except (ValueError, UnicodeDecodeError):
+            refused += 1
+    assert refused > 50
