@@ -41,8 +41,9 @@ class Hessians:
 
     def __init__(self, checkpoint: Path, windows: int) -> None:
         loaded = reference.load(checkpoint)
+        context = loaded.model.config.max_position_embeddings
         self._count = len(loaded.model.model.layers)
-        self._layers = _walk(loaded.model, _read(loaded.tokenizer, windows))
+        self._layers = _walk(loaded.model, _read(loaded.tokenizer, windows, min(WINDOW_TOKENS, context)))
         self._at = -1
         self._now: dict[str, torch.Tensor] = {}
 
@@ -67,15 +68,15 @@ class Hessians:
         return self._now[kind]
 
 
-def _read(tokenizer: Any, windows: int) -> torch.Tensor:
-    """Token ids ``[windows, T]``; the text is short, so fewer windows or shorter ones may come of it."""
+def _read(tokenizer: Any, windows: int, length: int = WINDOW_TOKENS) -> torch.Tensor:
+    """Token ids ``[windows, length]``; the text is short, so there may be fewer windows."""
     import torch
 
     corpus = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts.CALIBRATION.read().values()]
     rows: list[list[int]] = []
     for turn in range(windows):
-        start = turn * WINDOW_TOKENS
-        rows += [ids[start : start + WINDOW_TOKENS] for ids in corpus if len(ids) >= start + WINDOW_TOKENS]
+        start = turn * length
+        rows += [ids[start : start + length] for ids in corpus if len(ids) >= start + length]
     return torch.tensor(rows[:windows])
 
 

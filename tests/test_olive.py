@@ -57,7 +57,7 @@ def run_export(checkpoint: Path, out_dir: Path, name: str, options: Mapping[str,
     }
     out_dir.mkdir(exist_ok=True)
     result = export.run(step("export", fields), {"checkpoint": artifact("checkpoint", checkpoint)}, out_dir, quiet)
-    return artifact("export", out_dir, result.facts)
+    return artifact("export", out_dir, {**result.facts, "from": checkpoint})
 
 
 def run_quantize(exported: Artifact, out_dir: Path, progress: Progress = quiet, **fields: Any) -> Artifact:
@@ -67,7 +67,8 @@ def run_quantize(exported: Artifact, out_dir: Path, progress: Progress = quiet, 
     assert not scheme.problems()
     out_dir.mkdir(exist_ok=True)
     given = step("quantize", {**scheme.model_dump(mode="json"), "target": "cpu"})
-    return artifact("quantize", out_dir, quantize.run(given, {"export": exported}, out_dir, progress).facts)
+    inputs = {"export": exported, "checkpoint": artifact("checkpoint", exported.facts["from"])}
+    return artifact("quantize", out_dir, quantize.run(given, inputs, out_dir, progress).facts)
 
 
 Exports = Callable[..., Artifact]
@@ -141,6 +142,11 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], dict[str, int], float]] = {
     # name: recipe, how often some operators occur (in relation to the projections and the head), bound of the mean KL
     "min_error int4, shared int8 head": (
         {"algorithm": "min_error", "body": scheme(4), "head": scheme(8), "embedding": "shared"},
+        {"MatMulNBits": 1, "GatherBlockQuantized": 1},
+        0.6,
+    ),
+    "gptq int4, shared int8 head": (
+        {"algorithm": "gptq", "body": scheme(4), "head": scheme(8), "embedding": "shared"},
         {"MatMulNBits": 1, "GatherBlockQuantized": 1},
         0.6,
     ),

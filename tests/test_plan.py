@@ -1,0 +1,104 @@
+"""Plans: every recipe of the repository, and which change repeats which step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline import plan, recipe
+from pipeline.errors import CheckpointError, RecipeError
+from pipeline.target import TARGETS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = recipe.find(ROOT / "recipes")
+STAGES = [stage.name for stage in plan.STAGES]
+VERSIONS = {name: "1" for stage in plan.STAGES for name in stage.tools}
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_plans_without_weights_or_says_what_is_missing(path: Path) -> None:
+    loaded = recipe.load(path)
+    missing = TARGETS[loaded.recipe.target].missing
+    if missing:
+        with pytest.raises(RecipeError, match="cannot be built yet") as caught:
+            plan.make(loaded)
+        assert missing in str(caught.value)
+        return
+    steps = plan.make(loaded)
+    assert [step.stage for step in steps] == STAGES
+    assert all(step.estimate.memory > 0 and step.estimate.seconds > 0 for step in steps)
+
+
+BASE = """
+target: cpu
+checkpoint:
+  sources: [{type: hub, repo: a/b, revision: 0123456789012345678901234567890123456789}]
+  license: Apache-2.0
+  base_model: b
+"""
+REST = """
+description: words
+export: {exporter: genai}
+quantize: {algorithm: min_error, body: {bits: 4, block_size: 32, symmetric: false}}
+validate: {gates: {mean_kl: 0.1, top1: 0.8, perplexity_ratio: 1.1}}
+generation: {top_k: 20}
+"""
+
+
+def _keys(folder: Path, text: str, versions: dict[str, str] | None = None) -> dict[str, str]:
+    path = folder / "m" / "cpu.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return {step.stage: step.key for step in plan.make(recipe.load(path), versions or VERSIONS)}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "first"),
+    [
+        ("revision: 0123", "revision: 9123", "checkpoint"),
+        ("exporter: genai", "exporter: optimum", "export"),
+        ("block_size: 32", "block_size: 64", "quantize"),
+        ("algorithm: min_error", "algorithm: gptq", "quantize"),
+        ("mean_kl: 0.1", "mean_kl: 0.2", "validate"),
+        ("description: words", "description: other words", "package"),
+        ("top_k: 20", "top_k: 21", "package"),
+    ],
+)
+def test_a_change_repeats_what_depends_on_it_and_nothing_else(tmp_path: Path, old: str, new: str, first: str) -> None:
+    before, after = _keys(tmp_path, BASE + REST), _keys(tmp_path, (BASE + REST).replace(old, new))
+    changed = [stage for stage in STAGES if before[stage] != after[stage]]
+    assert changed == STAGES[STAGES.index(first) :]
+
+
+def test_a_new_tool_version_repeats_what_it_makes(tmp_path: Path) -> None:
+    before = _keys(tmp_path, BASE + REST)
+    after = _keys(tmp_path, BASE + REST, {**VERSIONS, "olive-ai": "2"})
+    assert [stage for stage in STAGES if before[stage] != after[stage]] == STAGES[1:]
+
+
+def test_a_local_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    text = (BASE + REST).replace(
+        "{type: hub, repo: a/b, revision: 0123456789012345678901234567890123456789}", "{type: local, path: gone}"
+    )
+    with pytest.raises(CheckpointError, match="gone"):
+        _keys(tmp_path, text)
+
+
+def test_notes_beside_a_local_checkpoint_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    folder = tmp_path / "m" / "here"
+    folder.mkdir()
+    (folder / "merges.txt").write_text("x")
+    text = (BASE + REST).replace(
+        "{type: hub, repo: a/b, revision: 0123456789012345678901234567890123456789}", "{type: local, path: here}"
+    )
+    before = _keys(tmp_path, text)
+    (folder / "notes.md").write_text("words")
+    assert _keys(tmp_path, text) == before
+    (folder / "merges.txt").write_text("y")
+    assert _keys(tmp_path, text)["checkpoint"] != before["checkpoint"]
