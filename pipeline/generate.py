@@ -105,23 +105,24 @@ def prefill_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; bytes of an unfinished character are held back."""
+    """Turns tokens into text piece by piece; bytes of an unfinished character are held back.
+
+    Byte-level BPE decodes token by token, so that what has been shown is never needed again.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+        self._held: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that became final with ``token``."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
+        self._held.append(token)
+        text = str(self._tokenizer.decode(self._held))
         if text.endswith("\ufffd"):
             return ""
-        piece = text[self._shown :]
-        self._shown = len(text)
-        return str(piece)
+        self._held = []
+        return text
 
     def rest(self) -> str:
         """What was held back when no more tokens came."""
-        return str(self._tokenizer.decode(self._ids)[self._shown :])
+        return str(self._tokenizer.decode(self._held)) if self._held else ""

@@ -150,12 +150,19 @@ def summary(artifact: Artifact) -> str:
     """Seconds, peak memory, size on disk and, where there are any, bits per weight."""
     parts = [
         f"{artifact.seconds:.0f} s",
-        f"peak {artifact.peak_memory / 1e9:.1f} GB",
-        f"{artifact.size / 1e6:.0f} MB",
+        f"peak {_bytes(artifact.peak_memory)}",
+        _bytes(artifact.size),
     ]
     if "bits_per_weight" in artifact.facts:
         parts.append(f"{artifact.facts['bits_per_weight']:.2f} bits/weight")
     return ", ".join(parts)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}" if unit == "GB" else f"{count / size:.0f} {unit}"
+    return f"{count / 1e3:.0f} kB"
 
 
 def show_error(error: QwenOnnxError, as_json: bool) -> None:
