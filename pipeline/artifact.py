@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ CHECKSUMS = "SHA256SUMS"
 VALIDATION = "validation.json"
 GOLDEN = "golden.jsonl"
 SCHEMA_VERSION = 1
+_MAX_JSON = 64 << 20
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done, in [0, 1], and a few words on what is being done."""
@@ -151,7 +153,8 @@ def read_manifest(package: Path) -> Manifest:
     """
     path = package / MANIFEST
     try:
-        data = json.loads(path.read_bytes())
+        data = read_json(path)
+        digest.of_value(data)  # a string that is not valid Unicode has none
     except FileNotFoundError:
         raise PackageError(
             f"{package} is not a package",
@@ -166,6 +169,47 @@ def read_manifest(package: Path) -> Manifest:
     return Manifest(data)
 
 
+def read_json(path: Path) -> Any:
+    """The value of a JSON file that nobody has to trust: what other parsers might read otherwise is refused.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, too large, not UTF-8, not JSON, names a key twice in one object (parsers
+            differ in which one counts), or has NaN or infinite numbers.
+        RecursionError: it is nested too deep.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+        raise ValueError("it is no regular file")
+    if status.st_size > _MAX_JSON:
+        raise ValueError(f"it is larger than {_MAX_JSON} bytes")
+    text = path.read_bytes().decode("utf-8")
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if abs(value) < float("inf") else _no_number(text)  # type: ignore[no-any-return]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` can be a file of a package: visible, printable, and one component on every system."""
+    return bool(name) and name.isprintable() and not name.startswith(".") and not set(name) & set('/\\:*?"<>|')
+
+
 def _schema_problem(data: Any) -> str:
     if not isinstance(data, dict):
         return "it is not an object"
@@ -174,9 +218,11 @@ def _schema_problem(data: Any) -> str:
     for key, kind in _REQUIRED.items():
         if not isinstance(data.get(key), kind):
             return f"`{key}` is missing or of the wrong type"
+    if not data["name"].isprintable():
+        return f"name {data['name']!r} cannot be printed"
     for name, entry in data["files"].items():
-        if "/" in name or "\\" in name or name in ("", ".", "..") or name.startswith("."):
-            return f"file name {name!r}: a package is one flat directory"
+        if not is_file_name(name):
+            return f"file name {name!r}: a package is one flat directory of files with plain names"
         if (
             not isinstance(entry, dict)
             or type(entry.get("size")) is not int

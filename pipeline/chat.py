@@ -1,33 +1,52 @@
 """Chat templates and token ids, without transformers.
 
-Templates come with the package and are not trusted: they run in Jinja's sandbox. What a user types never becomes a
-control token: the text around it is tokenized with special tokens, the text of a message without.
+Templates come with the package and are not trusted: they run in a limited sandbox (`pipeline.template`). What a user
+types never becomes a control token: what the template writes is tokenized with special tokens, what it is given without.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline import template as sandbox
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
 Message = Mapping[str, Any]
+_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A package's tokenizer and chat template."""
+    """A package's tokenizer and chat template.
+
+    Attributes:
+        trusted: encodes control tokens as such.
+        literal: encodes them as the characters they are written with.
+        template: Jinja source; empty when there is none.
+        specials: the tokens that a template may name, such as ``eos_token``.
+    """
 
     trusted: Any
     literal: Any
     template: str
+    specials: Mapping[str, str] = field(default_factory=dict)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of ``text``; with ``special`` off, control tokens in it are ordinary characters."""
+        """Token ids of ``text``; with ``special`` off, control tokens in it are ordinary characters.
+
+        Raises:
+            UsageError: the text has surrogates, which are no characters.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the text is not valid Unicode", why=str(error)) from None
         ids: list[int] = (self.trusted if special else self.literal).encode(text, add_special_tokens=False).ids
         return ids
 
@@ -39,34 +58,48 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a conversation with the prompt for an answer at its end.
 
-        Each message's text is replaced by a mark, the template rendered, and the marks encoded as literal text.
-        A template that looks into the text (rather than copying it) is rendered with the text itself instead,
-        if that text contains no control token.
+        A control token in any text that is given (of a message, a tool, an argument) is hidden from the template behind
+        a mark, and comes back as literal text: only the template writes control tokens. Tokens that a model writes
+        itself, such as ``<think>``, are none (their ``special`` is false), and are read as transformers reads them.
 
         Raises:
-            UsageError: a message has a control token that cannot be made literal, or the template refuses it.
+            UsageError: the template fails on these messages, or cuts a mark in two.
         """
-        marks = {f"\ue000{secrets.token_hex(8)}\ue001": str(message["content"]) for message in messages}
-        marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-        plain = render(self.template, messages, **variables)
-        controls = [token for token in self._controls() if any(token in text for text in marks.values())]
-        if not controls:
-            return self.encode(plain)
-        rendered = render(self.template, marked, **variables)
-        unmarked = rendered
-        for mark, text in marks.items():
-            if unmarked.count(mark) != 1:
-                raise UsageError(f"the text of a message contains the control token {controls[0]}")
-            unmarked = unmarked.replace(mark, text)
+        controls = self._controls()
+        nonce = secrets.token_hex(8)
+        marks = {control: f"\ue000{nonce}-{index}\ue001" for index, control in enumerate(controls)}
+        text = render(self.template, _replaced(messages, marks), **self.specials, **_replaced(variables, marks))
+        if nonce not in text:
+            return self.encode(text)
         ids: list[int] = []
-        rest = rendered
-        for mark, text in marks.items():
-            before, rest = rest.split(mark, 1)
-            ids += self.encode(before) + self.encode(text, special=False)
-        return ids + self.encode(rest)
+        for part in re.split("(" + "|".join(map(re.escape, controls)) + ")", text):
+            if part in marks:
+                ids.append(self.trusted.token_to_id(part))
+            elif part:
+                for control, mark in marks.items():
+                    part = part.replace(mark, control)  # noqa: PLW2901
+                ids += self.encode(part, special=False)
+                if nonce in part:
+                    raise UsageError("the chat template cuts a message with a control token in pieces")
+        return ids
 
     def _controls(self) -> list[str]:
-        return [token.content for token in self.trusted.get_added_tokens_decoder().values()]
+        """The texts of all control tokens, longer ones first."""
+        added = self.trusted.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+
+def _replaced(value: Any, marks: Mapping[str, str]) -> Any:
+    """``value`` with the keys of ``marks`` replaced in all of its strings."""
+    if isinstance(value, str):
+        for text, mark in marks.items():
+            value = value.replace(text, mark)
+        return value
+    if isinstance(value, Mapping):
+        return {_replaced(key, marks): _replaced(item, marks) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, marks) for item in value]
+    return value
 
 
 def load(package: Path) -> Tokenizer:
@@ -84,49 +117,50 @@ def load(package: Path) -> Tokenizer:
         trusted = tokenizers.Tokenizer.from_file(str(package / "tokenizer.json"))
         literal = tokenizers.Tokenizer.from_file(str(package / "tokenizer.json"))
         literal.encode_special_tokens = True
-        template = _template(package)
+        config = _config(package)
+        template = _template(package, config)
     except Exception as error:  # tokenizers raises bare exceptions
         raise PackageError(f"the tokenizer of {package} cannot be read", why=str(error)) from None
-    return Tokenizer(trusted, literal, template)
+    specials = {name: value for name in _SPECIALS if (value := _text_of(config.get(name)))}
+    return Tokenizer(trusted, literal, template, specials)
 
 
-def _template(package: Path) -> str:
+def _config(package: Path) -> dict[str, Any]:
+    path = package / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} is no object")
+    return config
+
+
+def _template(package: Path, config: Mapping[str, Any]) -> str:
     path = package / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = json.loads((package / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    template = config.get("chat_template")
     return template if isinstance(template, str) else ""
 
 
+def _text_of(token: Any) -> str:
+    """A special token of tokenizer_config.json: a string, or an object with its ``content``."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else ""
+
+
 def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
-    """The prompt text of a conversation, ready for an answer.
+    """The prompt text of a conversation, ready for an answer; see `pipeline.template` for its limits.
 
     Raises:
-        UsageError: there is no template, or it fails or reaches for what the sandbox forbids.
+        UsageError: there is no template; or it fails, reaches for what the sandbox forbids, or takes too long.
+        RuntimeMissing: jinja2 is not installed.
     """
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise RuntimeMissing("jinja2 is not installed", why=str(error), fix="pip install '.[serve]'") from None
     if not template:
         raise UsageError("the package has no chat template", fix="use --raw to continue the prompt as it stands")
-
-    def refuse(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=options.get("indent"))
-
-    # The settings are those of transformers' apply_chat_template, so that both render alike.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
+    # As transformers' apply_chat_template: what is not given is none, rather than undefined.
+    given = {"tools": None, "documents": None, "add_generation_prompt": True, **variables, "messages": list(messages)}
     try:
-        return environment.from_string(template).render(
-            messages=list(messages), add_generation_prompt=True, **variables
-        )
-    except (jinja2.exceptions.TemplateError, TypeError, ValueError, OverflowError) as error:
+        return sandbox.render(template, given)
+    except ImportError as error:
+        raise RuntimeMissing("jinja2 is not installed", why=str(error), fix="pip install '.[serve]'") from None
+    except ValueError as error:
         raise UsageError("the chat template cannot render these messages", why=str(error)) from None

@@ -198,7 +198,7 @@ def _answer(folder: Path, prompt: str) -> None:
     from pipeline import chat
 
     print(f"\n> {prompt}\n")
-    _stream(folder, chat.load(folder).encode_chat([{"role": "user", "content": prompt}]), 64)
+    _stream(folder, chat.load(folder).encode_chat([{"role": "user", "content": prompt}]), 160)
 
 
 def _stream(

@@ -6,6 +6,7 @@ Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 _EXTERNAL_DATA, _NAME = 13, 8  # fields of TensorProto
 _MAX_DEPTH = 64
+_DIGITS = re.compile(r"-?[0-9]{1,20}")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def read(data: bytes) -> list[Reference]:
     """All external data that the model in ``data`` refers to.
 
     Raises:
-        ValueError: the bytes are no ONNX model, or an offset or length is no number.
+        ValueError: the bytes are no ONNX model, a key of external data stands twice, or an offset or length is no
+            number; where parsers might differ in what they read, nothing is read.
     """
     return list(_walk(memoryview(data), "Model", 0))
 
@@ -61,18 +64,28 @@ def _tensor(data: memoryview) -> Iterator[Reference]:
             name = bytes(value).decode("utf-8")
         elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
             pair = {key: bytes(text).decode("utf-8") for key, text in _fields(value) if isinstance(text, memoryview)}
-            entries[pair.get(1, "")] = pair.get(2, "")
+            key = pair.get(1, "")
+            if key in entries:
+                raise ValueError(f"tensor {name!r} names {key!r} twice")
+            entries[key] = pair.get(2, "")
     if entries:
-        length = entries.get("length")
-        yield Reference(
-            name, entries.get("location", ""), int(entries.get("offset", "0")), int(length) if length else None
-        )
+        length = _number(entries["length"]) if "length" in entries else None
+        yield Reference(name, entries.get("location", ""), _number(entries.get("offset", "0")), length)
+
+
+def _number(text: str) -> int:
+    """Digits alone: int() would also take spaces, underscores and the digits of other scripts."""
+    if not _DIGITS.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is no number")
+    return int(text)
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
+        if not 8 <= tag < 1 << 32:  # other parsers cut a longer tag off and see another field
+            raise ValueError(f"the tag at byte {at} is of no field")
         kind = tag & 7
         value: memoryview | int
         if kind == 0:

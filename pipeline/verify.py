@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from pipeline import digest, onnx_references
-from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, read_manifest
-from pipeline.errors import PackageError, RuntimeMissing
+from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, is_file_name, read_json, read_manifest
+from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
 # Keys that a genai_config.json may have; every other one is refused. Left out on purpose: `custom_ops_library` and
 # `ep_library_path`, whose values the runtime loads as native code.
@@ -65,7 +65,9 @@ _CONFIG: dict[str, Any] = {
         "top_p": (int, float),
     },
 }
-_MAX_JSON = 64 << 20
+# What callers read of a configuration, so that a file without it is refused here and not a traceback there.
+_NEEDED = ("type", "context_length", "vocab_size", "eos_token_id", "decoder")
+_RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
 
 
 def check_files(package: Path, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -74,6 +76,13 @@ def check_files(package: Path, progress: Callable[[int], None] | None = None) ->
     Raises:
         PackageError: naming every file that is missing, added, changed, a link or otherwise special.
     """
+    try:
+        return _checked_files(package, progress)
+    except OSError as error:
+        raise PackageError(f"{package} cannot be read", why=str(error)) from None
+
+
+def _checked_files(package: Path, progress: Callable[[int], None] | None) -> Manifest:
     if not package.is_dir():
         raise PackageError(
             f"there is no package directory {package}", fix="give the directory that `qwen-onnx build` wrote"
@@ -84,15 +93,15 @@ def check_files(package: Path, progress: Callable[[int], None] | None = None) ->
     entries = {entry.name: entry for entry in package.iterdir()}
     for name, entry in sorted(entries.items()):
         if not stat.S_ISREG(entry.lstat().st_mode):
-            problems.append(f"{name} is no regular file")
+            problems.append(f"{_shown(name)} is no regular file")
         elif name not in wanted and name not in (MANIFEST, CHECKSUMS):
-            problems.append(f"{name} is not in the manifest")
+            problems.append(f"{_shown(name)} is not in the manifest")
     problems += [f"{name} is missing" for name in sorted({*wanted, CHECKSUMS} - entries.keys())]
     folded: dict[str, str] = {}
     for name in sorted(entries):
         other = folded.setdefault(name.casefold(), name)
         if other != name:
-            problems.append(f"{name} and {other} are one file where case does not count")
+            problems.append(f"{_shown(name)} and {_shown(other)} are one file where case does not count")
     if not problems:
         problems = [
             f"{name} has changed ({'size' if (package / name).stat().st_size != size else 'sha256'})"
@@ -107,6 +116,11 @@ def check_files(package: Path, progress: Callable[[int], None] | None = None) ->
             fix="fetch it again, and do not load it",
         )
     return manifest
+
+
+def _shown(name: str) -> str:
+    """A found file's name; control characters would reach the terminal."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _checksum_problems(package: Path, wanted: Mapping[str, str]) -> list[str]:
@@ -130,12 +144,13 @@ def check_config(package: Path) -> None:
     """
     path = package / "genai_config.json"
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"larger than {_MAX_JSON} bytes")
-        config = json.loads(path.read_bytes())
+        config = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise PackageError("genai_config.json cannot be read", where=str(path), why=str(error)) from None
     problems = list(_config_problems(config, _CONFIG, ""))
+    model = config.get("model") if isinstance(config, dict) else None
+    if isinstance(model, dict):
+        problems += [f"`model.{name}` is missing" for name in _NEEDED if name not in model]
     if problems:
         raise PackageError(
             "genai_config.json has keys or values that this program does not trust",
@@ -164,8 +179,12 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
             yield f"`{key}` does not map to names"
     elif not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
         yield f"`{key}` has the wrong type"
-    elif key.endswith("filename") and not _is_name(value):
+    elif isinstance(value, list) and not all(type(item) is int for item in value):
+        yield f"`{key}` is no list of whole numbers"
+    elif key.endswith("filename") and not is_file_name(value):
         yield f"`{key}` leaves the package: {value!r}"
+    elif key.endswith("filename") and not value.endswith(".onnx"):  # else its external data would not be checked
+        yield f"`{key}` does not end in .onnx: {value!r}"
 
 
 def _is_name(value: Any) -> bool:
@@ -181,7 +200,7 @@ def check_external_data(package: Path) -> None:
     for path in sorted(package.glob("*.onnx")):
         try:
             references = onnx_references.read(path.read_bytes())
-        except (ValueError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise PackageError(f"{path.name} is not an ONNX model", where=str(path), why=str(error)) from None
         for entry in references:
             problem = _reference_problem(package, entry)
@@ -195,8 +214,7 @@ def check_external_data(package: Path) -> None:
 
 
 def _reference_problem(package: Path, entry: onnx_references.Reference) -> str:
-    location = PurePosixPath(entry.location)
-    if not _is_name(entry.location) or location.is_absolute():
+    if not _is_name(entry.location):
         return f"location {entry.location!r} is no file name of the package"
     file = package / entry.location
     if file.is_symlink() or not file.is_file():
@@ -217,10 +235,10 @@ def check_runtime(manifest: Manifest) -> str:
     from importlib import metadata
 
     minimum = str(manifest.data["runtime"].get("minimum", "0"))
-    try:
-        found = metadata.version("onnxruntime-genai")
-    except metadata.PackageNotFoundError:
-        raise RuntimeMissing("onnxruntime-genai is not installed", fix="pip install '.[serve]'") from None
+    installed = {entry.name: entry.version for name in _RUNTIMES for entry in metadata.distributions(name=name)}
+    if not installed:
+        raise RuntimeMissing("onnxruntime-genai is not installed", fix="pip install '.[serve]'")
+    found = next(iter(installed.values()))
     if _version(found) < _version(minimum):
         raise RuntimeMissing(
             f"onnxruntime-genai {found} is too old for the package",
@@ -247,12 +265,17 @@ def replay(package: Path) -> dict[str, Any]:
         first difference, over all prompts): kernels of another processor may round a near tie the other way.
 
     Raises:
-        PackageError: the model cannot be loaded, or fewer than half of the tokens agree.
+        PackageError: the transcript or the model cannot be loaded, or fewer than half of the tokens agree.
     """
     from pipeline import generate, session
 
+    entries = _transcript(package / GOLDEN)
     opened = session.open_package(package)
-    entries = [json.loads(line) for line in (package / GOLDEN).read_text(encoding="utf-8").splitlines()]
+    try:
+        for entry in entries:
+            generate.check_prompt(opened, entry["prompt"])
+    except UsageError as error:
+        raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
     identical = agreed = total = 0
     for entry in entries:
         wanted = entry["tokens"]
@@ -270,6 +293,19 @@ def replay(package: Path) -> dict[str, Any]:
             fix="update onnxruntime-genai, and report the processor and the versions",
         )
     return result
+
+
+def _transcript(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        lists = [entry[key] for entry in entries for key in ("prompt", "tokens")]
+        if not any(entry["tokens"] for entry in entries):
+            raise ValueError("it has no tokens")
+        if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in lists):
+            raise ValueError("token ids are whole numbers")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageError(f"{GOLDEN} cannot be read", where=str(path), why=str(error)) from None
+    return entries
 
 
 def package(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:
