@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -184,7 +185,7 @@ def read_json(path: Path) -> Any:
     if status.st_size > _MAX_JSON:
         raise ValueError(f"it is larger than {_MAX_JSON} bytes")
     text = path.read_bytes().decode("utf-8")
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -196,13 +197,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no number")
-
-
 def _finite(text: str) -> float:
     value = float(text)
-    return value if abs(value) < float("inf") else _no_number(text)  # type: ignore[no-any-return]
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
 
 
 def is_file_name(name: str) -> bool:
@@ -218,15 +217,14 @@ def _schema_problem(data: Any) -> str:
     for key, kind in _REQUIRED.items():
         if not isinstance(data.get(key), kind):
             return f"`{key}` is missing or of the wrong type"
-    if not data["name"].isprintable():
+    if not data["name"].isprintable():  # it goes to terminals
         return f"name {data['name']!r} cannot be printed"
-    for name, entry in data["files"].items():
-        if not is_file_name(name):
-            return f"file name {name!r}: a package is one flat directory of files with plain names"
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("size")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            return f"file {name!r} has no size or sha256"
+    return next(filter(None, (_entry_problem(name, entry) for name, entry in data["files"].items())), "")
+
+
+def _entry_problem(name: str, entry: Any) -> str:
+    if not is_file_name(name):
+        return f"file name {name!r}: a package is one flat directory of files with plain names"
+    if not isinstance(entry, dict) or type(entry.get("size")) is not int or not isinstance(entry.get("sha256"), str):
+        return f"file {name!r} has no size or sha256"
     return ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_manifest
-from pipeline.errors import StageError, UsageError
+from pipeline.errors import StageError, UsageError, from_dict
 from pipeline.store import Store
 
 _DECODED = 64
@@ -44,14 +44,22 @@ def measure(package: Path, prompt_tokens: int, threads: int | None) -> Run:
     begin = time.perf_counter()
     opened = session.open_package(package, threads)
     loaded = time.perf_counter() - begin
-    prompt = np.random.default_rng(0).integers(100, min(opened.vocabulary, 100_000), prompt_tokens).tolist()
+    random = np.random.default_rng(0)
+    prompt, decoded = (
+        random.integers(100, min(opened.vocabulary, 100_000), count).tolist() for count in (prompt_tokens, _DECODED)
+    )
+    if prompt_tokens + _DECODED >= opened.context_length:
+        raise UsageError(
+            f"{prompt_tokens} prompt tokens and {_DECODED} more do not fit {package}",
+            why=f"its context holds {opened.context_length}",
+        )
     list(generate.stream(opened, prompt[:16], 8))
     generator = generate.start(opened, prompt_tokens + _DECODED + 1)
     begin = time.perf_counter()
     generator.append_tokens(np.asarray(prompt, np.int32))
     generator.get_logits()
     middle = time.perf_counter()
-    for token in prompt[:_DECODED]:  # fixed tokens: both sides do the same work whatever they would answer
+    for token in decoded:  # fixed tokens: both sides do the same work whatever they would answer
         generator.append_tokens(np.asarray([token], np.int32))
         generator.get_logits()
     end = time.perf_counter()
@@ -64,6 +72,7 @@ def compare(packages: Mapping[str, Path], rounds: int, prompt_tokens: int, threa
 
     Raises:
         StageError: a run failed.
+        UsageError: the prompt does not fit a package.
     """
     runs: dict[str, list[Run]] = {name: [] for name in packages}
     for _ in range(rounds):
@@ -71,6 +80,8 @@ def compare(packages: Mapping[str, Path], rounds: int, prompt_tokens: int, threa
             job = json.dumps({"package": str(path), "prompt_tokens": prompt_tokens, "threads": threads})
             command = [sys.executable, "-m", "pipeline.bench", job]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == UsageError.exit_code:
+                raise from_dict(json.loads(done.stdout.splitlines()[-1]))
             if done.returncode:
                 raise StageError(f"{path} could not be timed", why=done.stderr.strip().split("\n")[-1])
             runs[name].append(Run(**json.loads(done.stdout.splitlines()[-1])))
@@ -119,4 +130,8 @@ def peer(name: str, package: Path, store: Store) -> Path:
 
 if __name__ == "__main__":
     _job = json.loads(sys.argv[1])
-    print(json.dumps(asdict(measure(Path(_job["package"]), _job["prompt_tokens"], _job["threads"]))))
+    try:
+        print(json.dumps(asdict(measure(Path(_job["package"]), _job["prompt_tokens"], _job["threads"]))))
+    except UsageError as _error:
+        print(json.dumps(_error.as_dict()))
+        sys.exit(_error.exit_code)

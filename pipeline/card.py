@@ -105,15 +105,15 @@ for the texts they were measured on; measure on your own before you depend on th
 """
 
 
-def notice(manifest: Mapping[str, Any]) -> str:
-    """Whose work this is, and what was changed (section 4 of the Apache License asks for it)."""
+def notice(manifest: Mapping[str, Any], original: str = "") -> str:
+    """Whose work this is, what was changed, and the notices that came along (section 4 of the Apache License)."""
     source = manifest["source"]
     tools = ", ".join(f"{name} {version}" for name, version in sorted(manifest["tools"].items()))
     return f"""This package contains {source["base_model"]}, licensed under {source["license"]} (see LICENSE).
 
 Changed from the original: the weights were converted to ONNX and quantized
 ({_scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
-"""
+""" + (f"\nThe notices of the original:\n\n{original}" if original else "")
 
 
 def _scheme(quantize: Mapping[str, Any]) -> str:
@@ -125,6 +125,12 @@ def _scheme(quantize: Mapping[str, Any]) -> str:
     head = quantize.get("head")
     if head and head != body:
         words += f", INT{head['bits']} head"
-    if quantize.get("embedding") == "shared":
-        words += " shared with the embedding"
+    embedding = quantize.get("embedding")
+    if embedding == "shared":
+        words += ", shared with the embedding" if head and head != body else ", head shared with the embedding"
+    elif isinstance(embedding, Mapping) and embedding != body:
+        words += f", INT{embedding['bits']} embedding"
+    others = sorted({entry["scheme"]["bits"] for entry in quantize.get("overrides") or ()} - {body["bits"]})
+    if others:
+        words += f", INT{' and INT'.join(map(str, others))} for some weights"
     return words

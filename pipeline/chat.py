@@ -1,7 +1,7 @@
 """Chat templates and token ids, without transformers.
 
 Templates come with the package and are not trusted: they run in a limited sandbox (`pipeline.template`). What a user
-types never becomes a control token: what the template writes is tokenized with special tokens, what it is given without.
+types never becomes a control token: what the template writes is tokenized with control tokens, what it is given is not.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Tokenizer:
         controls = self._controls()
         nonce = secrets.token_hex(8)
         marks = {control: f"\ue000{nonce}-{index}\ue001" for index, control in enumerate(controls)}
-        text = render(self.template, _replaced(messages, marks), **self.specials, **_replaced(variables, marks))
+        text = render(self.template, _replaced(messages, marks), **{**self.specials, **_replaced(variables, marks)})
         if nonce not in text:
             return self.encode(text)
         ids: list[int] = []

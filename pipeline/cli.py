@@ -6,6 +6,7 @@ Heavy imports wait until a command needs them.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -25,14 +26,19 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 ARTIFACTS = Path("artifacts")
 RECIPES = Path("recipes")
+READER_GONE = 141  # what shells say of programs that SIGPIPE ends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
     command: Command = options.command
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()  # here, where a reader that has gone is still no traceback
+        return code
     except QwenOnnxError as error:
         from pipeline.report import show_error
 
@@ -41,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, such as `head`
+    except BrokenPipeError:  # the reader of our output has gone, such as `head`; what was asked for may not be done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return READER_GONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwen-onnx",
         description="Turn a Qwen checkpoint into an ONNX package that an app team can trust.",
-        epilog=f"Exit codes: 0 success, 1 a bug, {codes}, {INTERRUPTED} interrupted.",
+        epilog=f"Exit codes: 0 success, 1 a bug, {codes}, {INTERRUPTED} interrupted, {READER_GONE} output closed.",
     )
     parser.add_argument("--version", action="version", version=f"qwen-onnx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -132,6 +138,7 @@ def _package_commands(commands: Any) -> None:
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
     bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     bench.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
+    bench.add_argument("--trust", action="store_true", help="load packages without checking them first")
     _store_option(bench)
     _json_option(bench)
 
@@ -228,7 +235,8 @@ def _stream(
     took = time.perf_counter() - begin - first
     speed = (count - 1) / took if count > 1 and took > 0 else 0.0
     if as_json:
-        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": "length" if count == limit else "eos"}
+        ended = "length" if count == generate.room(opened, prompt, limit) else "eos"
+        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
         times = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
         print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
         return
@@ -375,14 +383,14 @@ def _generate(options: argparse.Namespace) -> int:
     from pipeline import chat, verify
     from pipeline.generate import Sampling
 
-    if options.max_tokens < 1:
-        raise UsageError(f"--max-tokens {options.max_tokens} is not positive")
-    sampling = Sampling()
-    if options.temperature != 0:
-        sampling = Sampling(True, options.temperature, options.top_k, options.top_p, options.seed)
+    _positive(options, "max_tokens", "threads")
+    sampled = options.temperature != 0  # NaN is not 0 either
+    sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
     if not options.trust:
         verify.check_runtime(verify.package(options.package))
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
     tokenizer = chat.load(options.package)
     system = [{"role": "system", "content": options.system}] if options.system else []
     prompt = (
@@ -395,9 +403,15 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from pipeline import bench, report
+    from pipeline import bench, report, verify
 
-    packages = {path.name: path for path in options.packages}
+    _positive(options, "rounds", "prompt_tokens", "threads")
+    paths = {path.resolve(): path for path in options.packages}
+    names = [path.name for path in paths]
+    packages = {str(given) if names.count(path.name) > 1 else path.name: given for path, given in paths.items()}
+    if not options.trust:
+        for path in packages.values():
+            verify.check_runtime(verify.package(path))
     packages |= {name: bench.peer(name, options.packages[0], _open_store(options)) for name in options.against}
     runs = bench.compare(packages, options.rounds, options.prompt_tokens, options.threads)
     figures = bench.summary(runs)
@@ -419,6 +433,13 @@ def _bench(options: argparse.Namespace) -> int:
     print(f"medians of {options.rounds} interleaved runs; ratios are {first} / the other, pair by pair")
     print(report.table(rows, ("PACKAGE", "PREFILL tok/s", "DECODE tok/s", "PEAK MB", "PREFILL ×", "DECODE ×")))
     return 0
+
+
+def _positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
 
 def _targets(options: argparse.Namespace) -> int:  # noqa: ARG001

@@ -33,6 +33,8 @@ class Sampling:
             raise UsageError(f"top_p {self.top_p} is not in (0, 1]")
         if self.top_k < 1:
             raise UsageError(f"top_k {self.top_k} is not positive")
+        if self.seed is not None and not 0 <= self.seed < 1 << 31:
+            raise UsageError(f"seed {self.seed} is not in [0, 2^31)")
 
 
 def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
@@ -41,7 +43,8 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
     sampling = sampling or Sampling()
     options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
     if sampling.sample:
-        options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        top_k = min(sampling.top_k, session.vocabulary)
+        options |= {"temperature": sampling.temperature, "top_k": top_k, "top_p": sampling.top_p}
         if sampling.seed is not None:
             options["random_seed"] = sampling.seed
     parameters = og.GeneratorParams(session.model)
@@ -53,13 +56,16 @@ def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampli
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
 
     Raises:
-        UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+        UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context;
+            or the limit is not positive.
     """
     check_prompt(session, prompt)
-    room = session.context_length - len(prompt)
-    generator = start(session, len(prompt) + min(limit, room), sampling)
+    if limit < 1:
+        raise UsageError(f"a limit of {limit} tokens is not positive")
+    limit = room(session, prompt, limit)
+    generator = start(session, len(prompt) + limit, sampling)
     generator.append_tokens(np.asarray(prompt, np.int32))
-    for _ in range(min(limit, room)):
+    for _ in range(limit):
         generator.generate_next_token()
         token = int(generator.get_next_tokens()[0])
         if token in session.eos:
@@ -67,6 +73,11 @@ def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampli
         yield token
         if generator.is_done():
             return
+
+
+def room(session: Session, prompt: Sequence[int], limit: int) -> int:
+    """How many tokens can follow ``prompt``: ``limit``, or fewer where the context ends."""
+    return min(limit, session.context_length - len(prompt))
 
 
 def check_prompt(session: Session, prompt: Sequence[int]) -> None:

@@ -72,8 +72,11 @@ def open_package(package: Path, threads: int | None = None) -> Session:
     threads = threads or available_threads()
     try:
         config = json.loads((package / "genai_config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise PackageError(f"{package} has no readable genai_config.json", why=str(error)) from None
+        facts = [config["model"][name] for name in ("context_length", "vocab_size", "eos_token_id")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
+    if None in facts:
+        raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
     try:
         settings = og.Config(str(package))
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}

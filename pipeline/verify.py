@@ -181,10 +181,15 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
         yield f"`{key}` has the wrong type"
     elif isinstance(value, list) and not all(type(item) is int for item in value):
         yield f"`{key}` is no list of whole numbers"
-    elif key.endswith("filename") and not is_file_name(value):
-        yield f"`{key}` leaves the package: {value!r}"
-    elif key.endswith("filename") and not value.endswith(".onnx"):  # else its external data would not be checked
-        yield f"`{key}` does not end in .onnx: {value!r}"
+    elif key.endswith("filename"):
+        yield from _graph_problems(value, key)
+
+
+def _graph_problems(name: str, key: str) -> Iterator[str]:
+    if not is_file_name(name):
+        yield f"`{key}` leaves the package: {name!r}"
+    elif not name.endswith(".onnx"):  # else its external data would not be checked
+        yield f"`{key}` does not end in .onnx: {name!r}"
 
 
 def _is_name(value: Any) -> bool:

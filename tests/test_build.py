@@ -243,8 +243,9 @@ def test_a_package_is_whole_validated_and_served_without_the_build_tools(
     assert facts["replay"]["prompts"] > 0
     assert facts["replay"]["identical"] == facts["replay"]["prompts"]
     lines = _without_build_tools("generate", str(package), "--prompt", "The fox", "--max-tokens", "5", "--json")
-    assert 1 <= len(lines.splitlines()) <= 5
-    assert all(0 <= json.loads(line)["token"] < 512 for line in lines.splitlines())
+    *answer, end = map(json.loads, lines.splitlines())
+    assert end["tokens"] == len(answer) <= 5
+    assert all(0 <= event["token"] < 512 for event in answer)
 
 
 def test_an_unchanged_recipe_is_all_cached_and_touches_nothing(project: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,13 @@ def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path)
         (["generate", "nowhere", "--prompt", "x", "--temperature", "-1"], 2, "temperature -1.0 is not in (0, 5]"),
         (["generate", "nowhere", "--prompt", "x", "--temperature", "1", "--top-p", "2"], 2, "top_p 2.0 is not in"),
         (["generate", "nowhere", "--prompt", "x", "--max-tokens", "0"], 2, "--max-tokens 0 is not positive"),
+        (["generate", "nowhere", "--prompt", "x", "--threads", "-1"], 2, "--threads -1 is not positive"),
+        (["generate", "nowhere", "--prompt", "x", "--top-k", "0"], 2, "top_k 0 is not positive"),
+        (["generate", "nowhere", "--prompt", "x", "--seed", "-1"], 2, "seed -1 is not in"),
+        (["generate", "nowhere", "--prompt", ""], 2, "the prompt is empty"),
+        (["bench", "nowhere", "--rounds", "0"], 2, "--rounds 0 is not positive"),
+        (["bench", "nowhere", "--prompt-tokens", "0"], 2, "--prompt-tokens 0 is not positive"),
+        (["bench", "nowhere"], 9, "there is no package directory nowhere"),
     ],
 )
 def test_expected_errors_have_their_exit_code(
@@ -55,6 +63,22 @@ def test_expected_errors_have_their_exit_code(
 ) -> None:
     assert cli.main(arguments) == code
     assert text in capsys.readouterr().err
+
+
+def test_an_error_for_machines_is_one_event(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "nowhere", "--json"]) == 9
+    shown = capsys.readouterr()
+    event = json.loads(shown.out)
+    assert (event["event"], event["error"], event["exit_code"]) == ("error", "PackageError", 9)
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["biuld"], ["build"], ["recipe"], ["generate", "p"], ["plan", "r", "--no"]])
+def test_a_command_line_that_is_none_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: qwen-onnx" in capsys.readouterr().err
 
 
 def test_lint_reports_the_worst_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,10 +106,26 @@ def test_schema_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name in TARGETS if name not in shown] == []
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    pipe = f"{sys.executable} -m pipeline recipe schema | head -n 1"
-    done = subprocess.run(["sh", "-c", pipe], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stderr == ""
+@pytest.mark.parametrize("command", [["recipe", "schema"], ["targets"]])
+def test_a_reader_that_has_gone_is_no_traceback_and_no_success(command: list[str]) -> None:
+    """As with every program that is cut off so, the shell sees 141; a short output fails when it is flushed only."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline", *command], stdout=gone, stderr=subprocess.PIPE, check=False, cwd=ROOT
+        )
+    assert done.stderr == b""
+    assert done.returncode == cli.READER_GONE
+
+
+def test_a_terminal_that_lacks_characters_gets_the_rest() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = (
+        "from pipeline import cli; cli._targets = lambda _: print('é好') or 0; raise SystemExit(cli.main(['targets']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, env=environment)
+    assert done.stdout == b"??\n"
 
 
 def test_the_readme_documents_every_exit_code() -> None:

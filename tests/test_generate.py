@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline import generate
-from pipeline.errors import UsageError
+from pipeline import chat, cli, generate
+from pipeline import session as sessions
+from pipeline.errors import PackageError, UsageError
 from pipeline.generate import Sampling, TextStream
 from pipeline.session import Session
 
@@ -23,7 +28,10 @@ from pipeline.session import Session
         ({"temperature": 5.1}, "temperature 5.1"),
         ({"top_p": math.nan}, "top_p nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
+        ({"temperature": math.inf}, "temperature inf"),
         ({"top_k": 0}, "top_k 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 1 << 31}, "seed 2147483648"),
     ],
 )
 def test_sampling_is_checked(options: dict[str, Any], text: str) -> None:
@@ -67,3 +75,113 @@ def test_a_character_that_never_ends_is_shown_at_the_end() -> None:
     stream = TextStream(Bytes())
     assert [stream.push(byte) for byte in "好".encode()[:2]] == ["", ""]
     assert stream.rest() == "\ufffd"
+
+
+def test_a_stream_decodes_no_token_twice() -> None:
+    """Else a long answer would take time that grows with its square."""
+    decoded = 0
+
+    class Counting(Bytes):
+        def decode(self, ids: Sequence[int]) -> str:
+            nonlocal decoded
+            decoded += len(ids)
+            return super().decode(ids)
+
+    stream = TextStream(Counting())
+    for _ in range(2000):
+        stream.push(ord("x"))
+    assert decoded == 2000
+
+
+@pytest.fixture(scope="module")
+def package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as Olive's ModelBuilder writes it, in float32, which picks its tokens without near ties."""
+    from pipeline import exporter
+
+    checkpoint = checkpoint_of("qwen2")
+    folder = tmp_path_factory.mktemp("package")
+    exporter.export_genai(checkpoint, folder, {"precision": "fp32"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(checkpoint / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(package: Path) -> Session:
+    return sessions.open_package(package, 1)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_the_most_likely_of_both_paths(session: Session) -> None:
+    prompt = [5, 17, 40, 8]
+    answer = list(generate.stream(session, prompt, 12))
+    assert answer
+    ids = prompt + answer
+    decoded = generate.decode_logits(session, ids)
+    whole = generate.prefill_logits(session, ids)
+    assert decoded.shape == (len(ids), session.vocabulary)
+    assert decoded[len(prompt) - 1 : -1].argmax(axis=1).tolist() == answer
+    np.testing.assert_allclose(whole, decoded, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_tokens_again(session: Session) -> None:
+    def drawn(seed: int) -> list[int]:
+        # More choices than there are tokens are all tokens.
+        return list(generate.stream(session, [5, 17, 40], 20, Sampling(True, 5.0, 10_000, 1.0, seed)))
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
+
+
+@pytest.mark.slow
+def test_an_answer_ends_at_its_limit_or_with_the_context(session: Session) -> None:
+    endless = replace(session, config={"model": {**session.config["model"], "eos_token_id": []}})
+    assert len(list(generate.stream(endless, [5, 17], 1))) == 1
+    with pytest.raises(UsageError, match="limit of 0"):
+        list(generate.stream(session, [5, 17], 0))
+    assert generate.room(session, [1] * (session.context_length - 3), 10) == 3
+    assert len(list(generate.stream(session, [5] * (session.context_length - 3), 10))) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 5])
+def test_an_answer_for_machines_is_a_token_a_line_and_a_summary(
+    package: Path, session: Session, limit: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(package), "--trust", "--raw", "--prompt", "the fox", "--json"]
+    assert cli.main([*arguments, "--threads", "1", "--max-tokens", str(limit)]) == 0
+    *tokens, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    prompt = chat.load(package).encode("the fox", special=False)
+    wanted = list(generate.stream(session, prompt, limit))
+    assert [line["token"] for line in tokens] == wanted
+    assert "".join(line["text"] for line in tokens) + last["text"] == chat.load(package).decode(wanted)
+    assert last["done"] is True
+    assert (last["prompt_tokens"], last["tokens"]) == (len(prompt), len(wanted))
+    assert last["ended"] == ("length" if len(wanted) == limit else "eos")
+    assert {"seconds_to_first", "tokens_per_second"} < last.keys()
+
+
+@pytest.mark.slow
+def test_a_benchmark_compares_packages_pair_by_pair(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    twin = package.parent / "twin" / package.name
+    shutil.copytree(package, twin)
+    arguments = ["bench", str(package), str(twin), "--trust", "--rounds", "1", "--threads", "1", "--json"]
+    assert cli.main([*arguments, "--prompt-tokens", "8"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures) == [str(package), str(twin)]
+    first, second = figures.values()
+    assert second["prefill_ratio"] == pytest.approx(first["prefill"] / second["prefill"])
+    assert second["decode_ratio"] == pytest.approx(first["decode"] / second["decode"])
+    assert cli.main([*arguments, "--prompt-tokens", "512"]) == 2
+    assert "do not fit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": {}}', '{"model": null}'])
+def test_a_configuration_without_its_facts_is_refused(package: Path, tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(package, folder)
+    (folder / "genai_config.json").write_text(text)
+    with pytest.raises(PackageError, match=r"no readable genai_config\.json"):
+        sessions.open_package(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import plan, recipe
-from pipeline.errors import CheckpointError, RecipeError
+from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
@@ -16,8 +16,8 @@ STAGES = [stage.name for stage in plan.STAGES]
 VERSIONS = {name: "1" for stage in plan.STAGES for name in stage.tools}
 
 
-def test_there_are_recipes() -> None:
-    assert len(RECIPES) >= 5
+def test_there_are_recipes_for_every_target() -> None:
+    assert {recipe.load(path).recipe.target for path in RECIPES} == set(TARGETS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -79,6 +79,21 @@ def test_a_new_tool_version_repeats_what_it_makes(tmp_path: Path) -> None:
     before = _keys(tmp_path, BASE + REST)
     after = _keys(tmp_path, BASE + REST, {**VERSIONS, "olive-ai": "2"})
     assert [stage for stage in STAGES if before[stage] != after[stage]] == STAGES[1:]
+
+
+@pytest.mark.parametrize("name", sorted(VERSIONS))
+def test_a_tool_is_part_of_the_identity_of_the_first_step_that_uses_it(tmp_path: Path, name: str) -> None:
+    """And of the package's, which tells all versions; a step without the tool, before it, stays cached."""
+    first = next(stage.name for stage in plan.STAGES if name in stage.tools)
+    before, after = _keys(tmp_path, BASE + REST), _keys(tmp_path, BASE + REST, {**VERSIONS, name: "2"})
+    changed = [stage for stage in STAGES if before[stage] != after[stage]]
+    assert changed[0] == first
+    assert changed[-1] == "package"
+
+
+def test_a_tool_that_is_not_installed_is_named() -> None:
+    with pytest.raises(RuntimeMissing, match="no-such-tool is not installed"):
+        plan.installed("no-such-tool")
 
 
 def test_a_local_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:

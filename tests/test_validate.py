@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import metrics, report
+from pipeline import metrics, parity, report, texts
 from pipeline.agreement import Tally
 from pipeline.errors import StageError
 from pipeline.recipe import Gates
@@ -74,6 +74,36 @@ def test_each_failure_is_named_with_value_and_gate(case: str) -> None:
     assert text in str(error)
     assert "reduce_range: true" in str(error)
     assert "FAIL" in report.validation(data)
+
+
+def test_a_figure_that_is_no_number_fails_its_gate() -> None:
+    data = _report(lambda d: d["decode"].update(mean_kl=float("nan"), top1=float("nan")))
+    failed = [(gate["metric"], gate["path"]) for gate in data["gates"] if not gate["passed"]]
+    assert failed == [("mean_kl", "decode"), ("top1", "decode")]
+
+
+def test_a_gate_that_the_recipe_leaves_out_is_not_asked() -> None:
+    data = copy.deepcopy(GOOD)
+    found = validate.gates(data, Gates(mean_kl=0.05, top1=0.9, perplexity_ratio=1.05))
+    assert "p99_kl" not in {gate["metric"] for gate in found}
+    assert {gate["path"] for gate in found if gate["metric"] == "mean_kl"} == {"prefill", "decode"}
+
+
+def test_all_failures_are_told_together_with_advice_for_the_algorithm() -> None:
+    data = _report(lambda d: (d["decode"].update(mean_kl=1.0), d["greedy"].update(agreement=0.0)))
+    error = validate._refusal(data, {"algorithm": "gptq"})
+    assert error.why.count(";") == 1
+    assert "smaller block_size" in error.fix
+    assert "reduce_range" not in error.fix
+
+
+def test_differences_of_the_served_tokenizer_are_never_excused() -> None:
+    """What the runtime's own tokenizer is known for does not excuse ours, nor the runtime elsewhere."""
+    for name in parity.KNOWN:
+        assert name in texts.TOKENIZER_PROBES or name in {entry.name for entry in texts.CONVERSATIONS}
+        assert parity._reason("runtime", name)["reason"]
+        assert parity._reason("served", name) == {}
+    assert parity._reason("runtime", "plain") == {}
 
 
 def test_tallies_are_the_metrics_over_all_windows() -> None:

@@ -40,7 +40,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     manifest = _describe(step, inputs)
     size = sum(path.stat().st_size for path in out_dir.glob("*.data"))
     (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
-    (out_dir / "NOTICE").write_text(card.notice(manifest), encoding="utf-8")
+    own = _own_text(checkpoint.path, "NOTICE")
+    original = own.read_text(encoding="utf-8", errors="replace") if own else ""
+    (out_dir / "NOTICE").write_text(card.notice(manifest, original), encoding="utf-8")
     progress(0.9, "digests")
     files = {path.name: path for path in sorted(out_dir.iterdir())}
     sums = {name: digest.of_file(path) for name, path in files.items()}
@@ -65,14 +67,19 @@ def _write_config(path: Path, generation: Mapping[str, Any]) -> None:
 
 
 def _write_license(checkpoint: Path, license_id: str, out_dir: Path) -> None:
-    own, known = checkpoint / "LICENSE", _LICENSES / f"{license_id}.txt"
-    if not own.is_file() and not known.is_file():
+    own, known = _own_text(checkpoint, "LICENSE"), _LICENSES / f"{license_id}.txt"
+    if not own and not known.is_file():
         raise StageError(
             f"there is no text of the licence {license_id}",
             why="nobody may use weights without one, and the checkpoint has no file LICENSE",
             fix="put the licence's text beside the checkpoint as LICENSE",
         )
-    shutil.copyfile(own if own.is_file() else known, out_dir / "LICENSE")
+    shutil.copyfile(own or known, out_dir / "LICENSE")
+
+
+def _own_text(checkpoint: Path, name: str) -> Path | None:
+    """The checkpoint's file of that name, with or without an ending such as ``.txt`` or ``.md``."""
+    return next((path for path in sorted(checkpoint.glob(f"{name}*")) if path.is_file()), None)
 
 
 def _describe(step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:

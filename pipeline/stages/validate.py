@@ -177,7 +177,7 @@ def _answers(torch_model: Reference, session: Session, limit: int, out_dir: Path
                 "agreement": round(metrics.greedy_agreement(wanted, found[: max(len(wanted), 1)]), 4),
                 "first_divergence": metrics.first_divergence(wanted, found),
                 "reference_ended": ended,
-                "ended": len(longer) < _RUNAWAY * limit,
+                "ended": len(longer) < generate.room(session, prompt, _RUNAWAY * limit),
                 "reference": torch_model.tokenizer.decode(wanted),
                 "answer": torch_model.tokenizer.decode(found),
             }
