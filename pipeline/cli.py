@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     build = _command(commands, "build", _build, "build, validate and package a recipe")
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
-    build.add_argument("--prompt", metavar="TEXT", help="then let the package answer TEXT")
+    build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
     _store_option(build)
     _json_option(build)
 
@@ -194,8 +194,10 @@ def _build(options: argparse.Namespace) -> int:
         report.Events().emit("package", path=str(folder), fresh=fresh)
         return 0
     print(report.package(folder))
-    if options.prompt:
+    if options.prompt and fresh:
         _answer(folder, options.prompt)
+    elif options.prompt:
+        print("unchanged since the last build, which has answered already")
     print(report.next_steps(folder))
     return 0
 
