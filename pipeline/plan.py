@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
         "quantize", 1, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
     Stage("validate", 1, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
-    Stage("package", 1, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 2, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
 )
 
 

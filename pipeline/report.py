@@ -90,7 +90,9 @@ class Bars:
         self._task = self._bars.add_task(f"about {step.estimate.seconds} s", total=1.0, stage=step.stage)
 
     def progress(self, stage: str, part: float, what: str) -> None:  # noqa: ARG002
-        self._bars.update(self._task, completed=part, description=what)
+        from rich.markup import escape
+
+        self._bars.update(self._task, completed=part, description=escape(what))
 
     def done(self, artifact: Artifact) -> None:
         self._bars.remove_task(self._task)

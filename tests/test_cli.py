@@ -132,7 +132,7 @@ def test_the_readme_documents_every_exit_code() -> None:
     from pipeline.errors import ERRORS, INTERRUPTED
 
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text(), re.M)}
-    assert documented == {0, 1, INTERRUPTED, *(kind.exit_code for kind in ERRORS.values())}
+    assert documented == {0, 1, INTERRUPTED, cli.READER_GONE, *(kind.exit_code for kind in ERRORS.values())}
 
 
 def test_the_recipe_reference_names_every_key() -> None:
