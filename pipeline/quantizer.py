@@ -169,7 +169,7 @@ def _through_olive(
         folder.mkdir()
         made = olive.run_pass(scheme.algorithm, config, olive.onnx_model(here), folder)
         path = Path(made.model_path)
-        if path != folder / "model.onnx":
+        if path.resolve() != (folder / "model.onnx").resolve():
             raise StageError(f"Olive wrote {path}", why=f"{folder / 'model.onnx'} was expected")
         if index:
             shutil.rmtree(here)
