@@ -304,27 +304,31 @@ def prune_head(model: onnx.ModelProto) -> None:
     node = onnx.helper.make_node("Slice", inputs, [f"{_PRUNING}/output_0"], name=f"{_PRUNING}/Slice")
     model.graph.node.insert(list(model.graph.node).index(head), node)
     head.input[0] = node.output[0]
-    _set_length(model, head, 1)
+    _set_length(model, head.output[0], 1)
 
 
 def unprune_head(model: onnx.ModelProto) -> bool:
-    """Undo `prune_head`; ``False`` when the head already sees all tokens."""
+    """Undo `prune_head`, whatever passes have made of the head since; ``False`` when it already sees all tokens."""
     for node in model.graph.node:
         if node.name == f"{_PRUNING}/Slice":
-            head = _head(model)
-            head.input[0] = node.input[0]
+            for reader in model.graph.node:  # a quantizer may stand between it and the head
+                reader.input[:] = [node.input[0] if item == node.output[0] else item for item in reader.input]
             model.graph.node.remove(node)
             for tensor in [tensor for tensor in model.graph.initializer if tensor.name.startswith(f"{_PRUNING}/")]:
                 model.graph.initializer.remove(tensor)
-            _set_length(model, head, "sequence_length")
+            for value in model.graph.output:
+                dims = value.type.tensor_type.shape.dim
+                if len(dims) == 3 and dims[1].dim_value == 1:  # the logits; caches have four dimensions
+                    _set_length(model, value.name, "sequence_length")
+                    break
             return True
     return False
 
 
-def _set_length(model: onnx.ModelProto, head: onnx.NodeProto, length: int | str) -> None:
+def _set_length(model: onnx.ModelProto, logits: str, length: int | str) -> None:
     """Declare how many tokens the logits are for: the runtime allocates them by it."""
     for value in model.graph.output:
-        if value.name == head.output[0]:
+        if value.name == logits:
             dim = value.type.tensor_type.shape.dim[1]
             dim.Clear()
             if isinstance(length, int):
