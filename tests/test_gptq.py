@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import blockwise, calibration, gptq, reference
+from pipeline import blockwise, calibration, gptq, reference, texts
 from pipeline.errors import StageError
 
 pytestmark = pytest.mark.slow
@@ -63,50 +66,110 @@ def test_rows_do_not_depend_on_how_many_are_worked_on_at_once(monkeypatch: pytes
     assert np.mean(whole.packed != parts.packed) < 0.01  # a matrix product may round differently by its shape
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_that_do_not_correlate_leave_plain_rounding(symmetric: bool) -> None:
+    import torch
+
+    weight = np.random.default_rng(1).standard_normal((N, K)).astype(np.float32)
+    made = gptq.quantize(weight, 7 * torch.eye(K), 4, 32, symmetric)
+    plain = blockwise.quantize(weight, 4, 32, symmetric)
+    np.testing.assert_array_equal(made.scale, plain.scale)
+    if made.zero_point is None or plain.zero_point is None:
+        assert made.zero_point is plain.zero_point
+        zero = np.full(made.scale.shape, 8)
+    else:
+        np.testing.assert_array_equal(made.zero_point, plain.zero_point)
+        zero = blockwise._unpack(made.zero_point, 4)
+    wanted = np.rint(weight.reshape(N, -1, 32) / made.scale[..., None] + zero[..., None]).clip(0, 15)
+    np.testing.assert_array_equal(blockwise._unpack(made.packed, 4), wanted)
+
+
 def test_what_cannot_be_quantized_is_refused() -> None:
     import torch
 
     weight = np.zeros((2, 48), np.float32)
     with pytest.raises(ValueError, match="no multiple of the block size 32"):
         gptq.quantize(weight, torch.eye(48), 4, 32, True)
-    weight = np.full((2, 64), np.nan, np.float32)
-    with pytest.raises(ValueError, match="NaN"):
-        gptq.quantize(weight, torch.eye(64), 4, 32, True)
+    for bad in (np.nan, np.inf):
+        weight = np.ones((2, 64), np.float32)
+        weight[1, 63] = bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            gptq.quantize(weight, torch.eye(64), 4, 32, True)
 
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "short context": {"max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("attention", ["attn.qkv_proj", "self_attn.k_proj"])
 def test_hessians_are_those_of_an_ordinary_run(
-    model_type: str, attention: str, checkpoint_of: Callable[..., Path]
+    model_type: str, config: str, checkpoint_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     import torch
 
-    folder = checkpoint_of(model_type)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_of(model_type), folder)
+    settings = json.loads((folder / "config.json").read_bytes()) | CONFIGS[config]
+    (folder / "config.json").write_text(json.dumps(settings))
     loaded = reference.load(folder)
     decoder = loaded.model.model
     watched = {}
     for index, layer in enumerate(decoder.layers):
-        watched[f"model.layers.{index}.{attention}"] = layer.self_attn.q_proj
-        watched[f"model.layers.{index}.attn.o_proj"] = layer.self_attn.o_proj
-        watched[f"model.layers.{index}.mlp.up_proj"] = layer.mlp.gate_proj
-        watched[f"model.layers.{index}.mlp.down_proj"] = layer.mlp.down_proj
-    watched["lm_head"] = loaded.model.lm_head
+        watched[f"layers.{index}.attention"] = layer.self_attn.q_proj
+        watched[f"layers.{index}.heads"] = layer.self_attn.o_proj
+        watched[f"layers.{index}.mlp"] = layer.mlp.gate_proj
+        watched[f"layers.{index}.gated"] = layer.mlp.down_proj
+    watched["head"] = loaded.model.lm_head
     sums: dict[str, torch.Tensor] = {}
 
-    def watch(path: str) -> Callable[..., None]:
+    def watch(name: str) -> Callable[..., None]:
         def add(module: object, arguments: tuple[torch.Tensor, ...]) -> None:
             flat = arguments[0].reshape(-1, arguments[0].shape[-1])
-            sums[path] = sums.get(path, 0) + flat.t() @ flat
+            sums[name] = sums.get(name, 0) + flat.t() @ flat
 
         return add
 
-    for path, module in watched.items():
-        module.register_forward_pre_hook(watch(path))
+    for name, module in watched.items():
+        module.register_forward_pre_hook(watch(name))
+    length = min(512, settings["max_position_embeddings"])
+    texts_read = [loaded.tokenizer(text, verbose=False)["input_ids"] for text in texts.CALIBRATION.read().values()]
     with torch.inference_mode():
-        loaded.model(calibration._read(loaded.tokenizer, 3))
+        loaded.model(torch.tensor([ids[:length] for ids in texts_read[:3]]))
+
     found = calibration.Hessians(folder, 3)
     assert found.of("model.embed_tokens") is None
-    for path in watched:
-        torch.testing.assert_close(found.of(path), sums[path], rtol=2e-4, atol=1e-3)
+    names = {  # both exporters' names
+        "attention": ("attn.qkv_proj", "attn.q_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "heads": ("attn.o_proj", "self_attn.o_proj"),
+        "mlp": ("mlp.gate_proj", "mlp.up_proj"),
+        "gated": ("mlp.down_proj",),
+    }
+    for index in range(len(decoder.layers)):
+        for kind, paths in names.items():
+            for path in paths:
+                hessian = found.of(f"model.layers.{index}.{path}")
+                torch.testing.assert_close(hessian, sums[f"layers.{index}.{kind}"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.of("lm_head"), sums["head"], rtol=1e-4, atol=1e-3)
     with pytest.raises(StageError, match="not in the layers' order"):
-        found.of("model.layers.0.mlp.up_proj")
+        found.of("model.layers.1.mlp.up_proj")
+
+
+def test_a_layer_may_be_left_out(checkpoint_of: Callable[..., Path]) -> None:
+    import torch
+
+    folder = checkpoint_of("qwen2")
+    every, last = calibration.Hessians(folder, 2), calibration.Hessians(folder, 2)
+    every.of("model.layers.0.mlp.down_proj")
+    path = "model.layers.1.mlp.down_proj"
+    assert torch.equal(last.of(path), every.of(path))
+
+
+def test_the_domains_take_turns_until_their_text_ends(checkpoint_of: Callable[..., Path]) -> None:
+    tokenizer = reference.load(checkpoint_of("qwen2")).tokenizer
+    corpus = [tokenizer(text, verbose=False)["input_ids"] for text in texts.CALIBRATION.read().values()]
+    rows = calibration._read(tokenizer, 6).tolist()
+    assert rows == [ids[:512] for ids in corpus] + [ids[512:1024] for ids in corpus[:2]]
+    assert len(calibration._read(tokenizer, 1000)) == sum(len(ids) // 512 for ids in corpus)
