@@ -12,7 +12,7 @@ The packed layout is that of the ``com.microsoft`` operators ``MatMulNBits`` and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,13 +35,13 @@ class BlockQuantized:
 
     Attributes:
         packed: ``[N, G, B * bits / 8]`` uint8; of two 4-bit values the first is the low half.
-        scale: ``[N, G]`` float32.
+        scale: ``[N, G]`` of the weight's dtype, float32 or float16.
         zero_point: ``[N, ceil(G * bits / 8)]`` uint8, packed like the weight, or ``None`` when symmetric.
         relative_error: ``||w - dequantized||² / ||w||²``.
     """
 
     packed: npt.NDArray[np.uint8]
-    scale: npt.NDArray[np.float32]
+    scale: npt.NDArray[Any]
     zero_point: npt.NDArray[np.uint8] | None
     relative_error: float
 
@@ -52,12 +52,13 @@ class BlockQuantized:
         return self.packed.nbytes + self.scale.nbytes + zero
 
 
-def quantize(weight: npt.NDArray[np.float32], bits: int, block_size: int, symmetric: bool) -> BlockQuantized:
-    """Quantize ``weight`` (``[N, K]`` float32) block by block along K.
+def quantize(weight: npt.NDArray[Any], bits: int, block_size: int, symmetric: bool) -> BlockQuantized:
+    """Quantize ``weight`` (``[N, K]``, float32 or float16) block by block along K.
 
     For every block a few clipped ranges are tried; for each the scale is refitted by least squares,
     ``s = <w, q - z> / <q - z, q - z>``, and the candidate with the smallest squared error is kept
     (the idea of llama.cpp's k-quants, vectorized over blocks). 8-bit blocks take the min-max range.
+    Scales are rounded to the weight's dtype before anything is rounded to them.
 
     Raises:
         ValueError: ``bits`` is not 4 or 8, ``block_size`` is not a power of two of at least 16, or
@@ -82,23 +83,26 @@ def quantize(weight: npt.NDArray[np.float32], bits: int, block_size: int, symmet
         energy = float(blocks.double().square().sum())
         if not np.isfinite(energy):
             raise ValueError("the weight has NaN or infinite values")
-        q, s, z, e = _quantize_blocks(blocks, bits, symmetric)
+        q, s, z, e = _quantize_blocks(blocks, bits, symmetric, weight.dtype == np.float16)
         stop = start + len(part)
         codes[start:stop] = q.view(-1, groups, block_size).numpy()
         scale[start:stop] = s.view(-1, groups).numpy()
         zero[start:stop] = z.view(-1, groups).numpy()
         error, total = error + e, total + energy
     return BlockQuantized(
-        packed=_pack(codes, bits),
-        scale=scale,
-        zero_point=None if symmetric else _pack(zero, bits),
+        packed=pack(codes, bits),
+        scale=scale.astype(weight.dtype),
+        zero_point=None if symmetric else pack(zero, bits),
         relative_error=error / total if total else 0.0,
     )
 
 
-def fit(blocks: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point (``[M]`` float32 each) that round ``blocks`` (``[M, B]``) with the least squared error."""
-    _, scale, zero, _ = _quantize_blocks(blocks, bits, symmetric)
+def fit(blocks: torch.Tensor, bits: int, symmetric: bool, half: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point (``[M]`` float32 each) that round ``blocks`` (``[M, B]``) with the least squared error.
+
+    With ``half`` the scales are float16 values.
+    """
+    _, scale, zero, _ = _quantize_blocks(blocks, bits, symmetric, half)
     return scale[:, 0], zero[:, 0].float()
 
 
@@ -107,10 +111,12 @@ def assemble(
     scale: npt.NDArray[np.float32],
     zero: npt.NDArray[np.uint8] | None,
     bits: int,
-    weight: npt.NDArray[np.float32],
+    weight: npt.NDArray[Any],
 ) -> BlockQuantized:
     """Pack codes (``[N, G, B]``), scales and zero points (``[N, G]``) that stand for ``weight`` (``[N, K]``)."""
-    packed = BlockQuantized(_pack(codes, bits), scale, None if zero is None else _pack(zero, bits), 0.0)
+    packed = BlockQuantized(
+        pack(codes, bits), scale.astype(weight.dtype), None if zero is None else pack(zero, bits), 0.0
+    )
     difference = dequantize(packed, bits, weight.shape[1]) - weight
     total = float(np.square(weight, dtype=np.float64).sum())
     return replace(
@@ -120,21 +126,29 @@ def assemble(
 
 def dequantize(quantized: BlockQuantized, bits: int, columns: int) -> npt.NDArray[np.float32]:
     """The float32 weight ``[N, columns]`` that the kernels compute with."""
-    codes = _unpack(quantized.packed, bits).astype(np.float32)
+    codes = unpack(quantized.packed, bits).astype(np.float32)
     rows, groups, _ = codes.shape
     if quantized.zero_point is None:
         zero = np.full((rows, groups), float(1 << (bits - 1)), np.float32)
     else:
-        zero = _unpack(quantized.zero_point, bits)[:, :groups].astype(np.float32)
-    blocks = (codes - zero[..., None]) * quantized.scale[..., None]
+        zero = unpack(quantized.zero_point, bits)[:, :groups].astype(np.float32)
+    blocks = (codes - zero[..., None]) * quantized.scale[..., None].astype(np.float32)
     return blocks.reshape(rows, -1)[:, :columns]
 
 
 def _quantize_blocks(
-    blocks: torch.Tensor, bits: int, symmetric: bool
+    blocks: torch.Tensor, bits: int, symmetric: bool, half: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Codes ``[M, B]`` uint8, scales ``[M, 1]``, zero points ``[M, 1]`` uint8, summed squared error."""
     import torch
+
+    def refit(shifted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least-squares scale of codes less zero points, and the squared error with it."""
+        norm = shifted.square().sum(1, keepdim=True)
+        projection = (blocks * shifted).sum(1, keepdim=True)
+        scale = torch.where(norm > 0, projection / norm, torch.zeros_like(norm))
+        scale = scale.half().float() if half else scale
+        return scale, energy - scale * (2.0 * projection - scale * norm)
 
     top = (1 << bits) - 1
     low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
@@ -157,11 +171,7 @@ def _quantize_blocks(
     best_scale, best_zero = torch.zeros_like(energy), torch.zeros_like(energy)
     best_first = torch.zeros_like(energy)
     for scale, zero in candidates:
-        shifted = _codes(blocks, scale, zero, top).sub_(zero)
-        norm = shifted.square().sum(1, keepdim=True)
-        projection = (blocks * shifted).sum(1, keepdim=True)
-        fitted = torch.where(norm > 0, projection / norm, torch.zeros_like(norm))
-        error = energy - fitted * projection
+        fitted, error = refit(_codes(blocks, scale, zero, top).sub_(zero))
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, fitted, best_scale)
@@ -171,11 +181,7 @@ def _quantize_blocks(
     codes = _codes(blocks, best_first, best_zero, top)
     for _ in range(2 if bits == 4 else 1):
         again = _codes(blocks, best_scale, best_zero, top)
-        shifted = again - best_zero
-        norm = shifted.square().sum(1, keepdim=True)
-        projection = (blocks * shifted).sum(1, keepdim=True)
-        fitted = torch.where(norm > 0, projection / norm, torch.zeros_like(norm))
-        error = energy - fitted * projection
+        fitted, error = refit(again - best_zero)
         better = error <= best_error
         codes = torch.where(better, again, codes)
         best_scale = torch.where(better, fitted, best_scale)
@@ -190,7 +196,7 @@ def _codes(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: i
     return torch.addcmul(zero, blocks, inverse).round_().clamp_(0, top)
 
 
-def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Pack 4-bit codes pairwise along the last axis, the first in the low half; 8-bit codes stay."""
     if bits == 8:
         return codes
@@ -200,7 +206,7 @@ def _pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     return np.bitwise_or(codes[..., 0::2], high, dtype=np.uint8)
 
 
-def _unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+def unpack(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return packed
     return np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

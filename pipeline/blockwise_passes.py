@@ -9,7 +9,7 @@ from typing import Any
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from pipeline import blockwise, gptq, graph, olive
+from pipeline import blockwise, gptq, graph, graph_weights, olive
 from pipeline.blockwise import BlockQuantized
 from pipeline.calibration import Hessians
 from pipeline.external_data import ExternalDataWriter
@@ -38,6 +38,9 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
                 default_value=False,
                 description="Gather from the quantized head instead of storing the embedding.",
             ),
+            "form": PassConfigParam(
+                type_=str, default_value="nbits", description="nbits (MatMulNBits) or qdq (DequantizeLinear, MatMul)."
+            ),
             "progress": PassConfigParam(
                 type_=Callable[[float, str], None],
                 description="Called after each weight with the fraction done and the path of the weight.",
@@ -51,13 +54,14 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
         extra = self._extra(config)
         edited = graph.load(source)
         with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-            errors = graph.quantize_weights(
+            errors = graph_weights.quantize_weights(
                 edited,
                 source.parent,
                 writer,
                 {path: WeightScheme.model_validate(given) for path, given in config.schemes.items()},
                 accuracy_level=config.accuracy_level,
                 share_embedding=config.share_embedding,
+                form=config.form,
                 progress=config.progress,
                 **extra,
             )
@@ -65,7 +69,7 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
         return olive.onnx_model(out_dir, {"relative_error": errors})
 
     def _extra(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
-        """More arguments of `graph.quantize_weights`."""
+        """More arguments of `graph_weights.quantize_weights`."""
         return {}
 
 

@@ -27,6 +27,9 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
         f"| {name} | {figures['mean_kl']:.4f} | {figures['top1']:.1%} | {figures['perplexity_ratio']:.3f} |"
         for name, figures in validation["decode"]["domains"].items()
     )
+    executed = f"{target['validated_on']} ({target['validated_device']})"
+    if target["validated_on"] != target["provider"]:
+        executed += f", **not on {target['provider']}**: run `replay.py` on the device"
     return f"""---
 base_model: {source["base_model"]}
 license: {source["license"].lower()}
@@ -39,12 +42,13 @@ language:{languages or " []"}
 # {manifest["name"]}
 
 {recipe.get("description") or source["base_model"]}, as an ONNX package for onnxruntime-genai: {scheme}, {weights / 1e6:.0f} MB of weights,
-for {target["provider"]}.
+for {target["title"]} ({target["provider"]}, {target["dtype"]} activations).
 
 ## Check it, then run it
 
-    pip install onnxruntime-genai=={manifest["tools"]["onnxruntime-genai"]}
+    pip install {manifest["runtime"]["name"]}=={manifest["tools"]["onnxruntime-genai"]}
     sha256sum --check SHA256SUMS
+    python replay.py
 
 ```python
 import json
@@ -63,15 +67,17 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
 ```
 
-With qwen-onnx installed: `qwen-onnx verify DIR --replay` checks everything and replays `golden.jsonl` on your machine;
-`qwen-onnx generate DIR --prompt "..."` answers.
+`replay.py` needs only the runtime: it feeds the golden answers of `golden.jsonl` to your device and says, usually within a
+minute, whether it computes what was validated: at least {manifest["replay"]["top1"]:.0%} of the tokens ranked first, log-probabilities
+within {manifest["replay"]["logprob"]:g} nats on average. With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too,
+and `qwen-onnx generate DIR --prompt "..."` answers.
 
 Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
 `qwen-onnx generate` takes them as plain text.
 
 ## How close it is to the original
 
-Measured with {validation["candidate"]["runtime"]} on {validation["candidate"]["executed_on"]}, against the checkpoint in float32
+Measured with {validation["candidate"]["runtime"]} on {executed}, against the checkpoint in float32
 ({validation["reference"]["runtime"]}), on {validation["text"]["windows"]} windows of {validation["text"]["window_tokens"]} tokens of held-out text.
 KL divergence is in nats a token.
 
@@ -99,7 +105,7 @@ for the texts they were measured on; measure on your own before you depend on th
 | checkpoint | sha256 `{source["sha256"]}` |
 | licence | {source["license"]} (see `LICENSE` and `NOTICE`) |
 | quantization | {scheme} |
-| needs | onnxruntime-genai ≥ {manifest["runtime"]["minimum"]} |
+| needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
 """

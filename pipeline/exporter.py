@@ -9,17 +9,21 @@ from typing import Any
 
 from pipeline import graph, olive
 from pipeline.family import read_shape
+from pipeline.target import CPU
+
+_PRECISIONS = {"float32": "fp32", "float16": "fp16"}
 
 
-def export_genai(checkpoint: Path, out_dir: Path, options: Mapping[str, Any]) -> None:
-    """Write ``model.onnx``, ``model.onnx.data`` and ``genai_config.json`` (float32) with Olive's ModelBuilder.
+def export_genai(checkpoint: Path, out_dir: Path, options: Mapping[str, Any], provider: str, dtype: str) -> None:
+    """Write ``model.onnx``, ``model.onnx.data`` and ``genai_config.json`` with Olive's ModelBuilder.
 
     Raises:
         StageError: it failed, or left something out.
     """
     # The builder would run code that comes with a checkpoint (`hf_remote`), and does so by default.
     extra = {**options.get("extra_options", {}), "hf_remote": False}
-    olive.run_pass("genai", {**options, "extra_options": extra}, olive.hf_model(checkpoint), out_dir)
+    config = {"precision": _PRECISIONS[dtype], **options, "extra_options": extra}
+    olive.run_pass("genai", config, olive.hf_model(checkpoint), out_dir, provider)
     olive.require(out_dir, "genai", "model.onnx", "genai_config.json")
 
 
@@ -29,10 +33,16 @@ def export_plain_int4(checkpoint: Path, out_dir: Path) -> None:
     Raises:
         StageError: it failed, or left something out.
     """
-    export_genai(checkpoint, out_dir, {"precision": "int4"})
+    export_genai(checkpoint, out_dir, {"precision": "int4"}, CPU, "float32")
 
 
-def export_optimum(checkpoint: Path, out_dir: Path, options: Mapping[str, Any]) -> None:
+def export_optimum(
+    checkpoint: Path,
+    out_dir: Path,
+    options: Mapping[str, Any],
+    provider: str,  # noqa: ARG001 - it writes one graph for all
+    dtype: str,  # noqa: ARG001 - float32, `pipeline.target` refuses others
+) -> None:
     """Write ``model.onnx`` with its data (float32) with Olive's OptimumConversion, and a ``genai_config.json``.
 
     Raises:
@@ -57,7 +67,8 @@ def export_optimum(checkpoint: Path, out_dir: Path, options: Mapping[str, Any]) 
     (out_dir / "genai_config.json").write_text(text, encoding="utf-8")
 
 
-Exporter = Callable[[Path, Path, Mapping[str, Any]], None]
+Exporter = Callable[[Path, Path, Mapping[str, Any], str, str], None]
+"""Called with the checkpoint, the folder to write, options of the pass, the provider and the activations' dtype."""
 EXPORTERS: dict[str, Exporter] = {"genai": export_genai, "optimum": export_optimum}
 
 

@@ -6,6 +6,7 @@ largest weight and not by the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,22 @@ class ExternalDataWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def write(self, name: str, values: npt.NDArray[Any], data_type: int | None = None) -> onnx.TensorProto:
-        """Append ``values`` and return the initializer that refers to them (inline when it is tiny)."""
+    def write(
+        self,
+        name: str,
+        values: npt.NDArray[Any],
+        data_type: int | None = None,
+        dims: Sequence[int] | None = None,
+    ) -> onnx.TensorProto:
+        """Append ``values`` and return the initializer that refers to them (inline when it is tiny).
+
+        Args:
+            data_type, dims: where they are not the array's, as for 4-bit values packed in bytes.
+        """
         import onnx
 
         kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype) if data_type is None else data_type
-        tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape)
+        tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape if dims is None else dims)
         if values.nbytes < INLINE_BYTES:
             tensor.raw_data = np.ascontiguousarray(values).tobytes()
             return tensor

@@ -7,7 +7,7 @@ comes. Shapes: N output channels, K input channels, B block size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,9 +26,9 @@ _ROWS = 8192
 
 
 def quantize(
-    weight: npt.NDArray[np.float32], hessian: torch.Tensor, bits: int, block_size: int, symmetric: bool
+    weight: npt.NDArray[Any], hessian: torch.Tensor, bits: int, block_size: int, symmetric: bool
 ) -> BlockQuantized:
-    """Quantize ``weight`` (``[N, K]`` float32) so that ``weight @ x`` changes least for the inputs seen.
+    """Quantize ``weight`` (``[N, K]``, float32 or float16) so that ``weight @ x`` changes least for the inputs seen.
 
     Args:
         weight: K is a multiple of the block size.
@@ -52,7 +52,9 @@ def quantize(
         values = torch.from_numpy(np.array(weight[part], np.float32))
         if not bool(torch.isfinite(values).all()):
             raise ValueError("the weight has NaN or infinite values")
-        _quantize_rows(values, correction, bits, symmetric, codes[part], scale[part], zero[part])
+        _quantize_rows(
+            values, correction, bits, symmetric, weight.dtype == np.float16, codes[part], scale[part], zero[part]
+        )
     return blockwise.assemble(codes, scale, None if symmetric else zero, bits, weight)
 
 
@@ -61,6 +63,7 @@ def _quantize_rows(
     correction: torch.Tensor,
     bits: int,
     symmetric: bool,
+    half: bool,
     codes: npt.NDArray[np.uint8],
     scale: npt.NDArray[np.float32],
     zero: npt.NDArray[np.uint8],
@@ -72,7 +75,7 @@ def _quantize_rows(
     block_size = codes.shape[2]
     for block in range(codes.shape[1]):
         start, stop = block * block_size, (block + 1) * block_size
-        s, z = blockwise.fit(rest[:, start:stop].contiguous(), bits, symmetric)
+        s, z = blockwise.fit(rest[:, start:stop].contiguous(), bits, symmetric, half)
         inverse = torch.where(s != 0, 1.0 / s, torch.zeros_like(s))
         here = correction[start:stop, start:stop]
         channels = rest[:, start:stop].t().contiguous()  # [B, N]: one channel after the other, each contiguous

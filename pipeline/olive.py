@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import QwenOnnxError, RecipeError, RuntimeMissing, StageError
+from pipeline.target import CPU
 
 # Both libraries report home unless told otherwise before they are imported; Olive imports ONNX Runtime.
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
@@ -145,12 +146,12 @@ PASSES: dict[str, OlivePass] = {
     "min_error": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseMinErrorQuantization",
-        ours=("schemes", "accuracy_level", "share_embedding", "progress"),
+        ours=("schemes", "accuracy_level", "share_embedding", "form", "progress"),
     ),
     "gptq": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseGptqQuantization",
-        ours=("schemes", "accuracy_level", "share_embedding", "progress", "checkpoint", "calibration_windows"),
+        ours=("schemes", "accuracy_level", "share_embedding", "form", "progress", "checkpoint", "calibration_windows"),
     ),
 }
 
@@ -229,8 +230,11 @@ def _ill_typed(name: str, options: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path) -> Any:
+def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path, provider: str = CPU) -> Any:
     """Run one pass on an Olive model handler, and return the handler of what it wrote below ``out_dir``.
+
+    Args:
+        provider: the execution provider that the result is for.
 
     Raises:
         StageError: it failed, or yielded no model.
@@ -240,7 +244,9 @@ def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path) ->
 
     config = {**_FIXED.get(name, {}), **config}
     try:
-        made = create_pass_from_dict(kind, config, disable_search=True).run(model, str(out_dir))
+        made = create_pass_from_dict(kind, config, disable_search=True, accelerator_spec=_accelerator(provider)).run(
+            model, str(out_dir)
+        )
     except (QwenOnnxError, MemoryError):
         raise
     except Exception as error:
@@ -252,6 +258,13 @@ def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path) ->
     if made is None:
         raise StageError(f"Olive's {kind.__name__} yielded no model", where=_shown(config))
     return made
+
+
+def _accelerator(provider: str) -> Any:
+    from olive.hardware.accelerator import AcceleratorSpec, Device
+
+    device = Device.CPU if provider == CPU else Device.NPU if provider == "QNNExecutionProvider" else Device.GPU
+    return AcceleratorSpec(device, provider)
 
 
 def _shown(config: Mapping[str, Any]) -> str:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, texts
+from pipeline import __version__, checkpoint_files, digest, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS
+from pipeline.target import TARGETS, file_problem
 
 _GB = 1_000_000_000
 Fields = Callable[[Loaded], dict[str, Any]]
@@ -59,12 +59,20 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     target = TARGETS[recipe.target]
     if target.missing:
         raise RecipeError(
-            f"target {target.name} cannot be built yet",
+            f"target {target.name} cannot be built",
             where=str(loaded.path),
             why=target.missing,
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
+    size = _estimate("quantize", recipe, shape).disk
+    if shape and (problem := file_problem(target, size)):
+        raise RecipeError(
+            f"the package would be too large for {target.name}",
+            where=str(loaded.path),
+            why=problem,
+            fix="quantize to fewer bits, or choose a smaller model",
+        )
     found = versions or {name: installed(name) for name in sorted({name for stage in STAGES for name in stage.tools})}
     steps: dict[str, Step] = {}
     for stage in STAGES:
@@ -125,13 +133,17 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     if stage == "checkpoint":
         return _identity(loaded)
     if stage == "export":
-        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "io_dtype": target.io_dtype}
+        dtype = recipe.export.dtype or target.dtypes[0]
+        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "dtype": dtype}
     if stage == "quantize":
-        fields = {**recipe.quantize.model_dump(mode="json"), "target": target.name}
+        form = target.kernels.form if target.kernels else ""
+        fields = {**recipe.quantize.model_dump(mode="json"), "form": form}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm == "gptq" else {})
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
-        return {**fields, "text": texts.EVALUATION.sha256, "target": target.name, "provider": target.provider}
+        here = asdict(machine.execution(target))
+        names = {"target": target.name, "provider": target.provider}
+        return {**fields, "text": texts.EVALUATION.sha256, **names, "execution": here}
     checkpoint = recipe.checkpoint
     return {
         "name": loaded.name,
@@ -142,8 +154,16 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         "base_model": checkpoint.base_model,
         "languages": list(checkpoint.languages),
         "sources": [source.model_dump(mode="json") for source in checkpoint.sources if source.type != "local"],
-        "target": target.name,
-        "provider": target.provider,
+        "target": {
+            "name": target.name,
+            "title": target.title,
+            "provider": target.provider,
+            "dtype": recipe.export.dtype or target.dtypes[0],
+            "shapes": target.shapes,
+        },
+        "runtime": {"name": target.runtime.package, "minimum": target.runtime.minimum},
+        "replay": asdict(target.replay),
+        "max_file": target.max_file,
     }
 
 
@@ -215,10 +235,10 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     else:
         weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
         vocabulary = 4 * shape.vocabulary_parameters
-        bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else 32
-        packed = shape.body_parameters * bits // 8 + vocabulary // 4 * (
-            5 if recipe.quantize.embedding == "float" else 2
-        )
+        floats = 16 if TARGETS[recipe.target].dtypes[0] == "float16" else 32
+        bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else floats
+        embedding = floats if recipe.quantize.embedding == "float" else bits
+        packed = (shape.body_parameters * bits + shape.vocabulary_parameters * (bits + embedding)) // 8
     fetched = recipe.checkpoint.size or 0
     held, pace = _QUANTIZING[recipe.quantize.algorithm]
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)

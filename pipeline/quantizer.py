@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import graph, olive
+from pipeline import graph, graph_weights, olive
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter, stored_bits
 from pipeline.scheme import Scheme, WeightScheme
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from pipeline.artifact import Progress
 
 
-def quantize(source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, progress: Progress) -> dict[str, Any]:
+def quantize(
+    source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, progress: Progress, form: str = "nbits"
+) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
 
     Args:
         source: directory of the float graph.
         checkpoint: directory of the PyTorch reference, which some algorithms calibrate with.
         scheme: how to quantize it.
+        form: of the quantized weights, see `graph_weights.quantize_weights`.
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
@@ -40,7 +43,7 @@ def quantize(source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, prog
     wanted = _wanted(scheme, found)
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error"):
-        errors = _block_wise(source, checkpoint, out_dir, scheme, wanted, progress)
+        errors = _block_wise(source, checkpoint, out_dir, scheme, wanted, form, progress)
     else:
         _through_olive(source, out_dir, scheme, wanted, progress)
     after = graph.load(out_dir / "model.onnx")
@@ -50,7 +53,7 @@ def quantize(source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, prog
             why=f"they are now {graph.interface(after)}",
         )
     operators = graph.operators(after)
-    _check_quantized(scheme, found, wanted, graph.quantized_schemes(after), operators)
+    _check_quantized(scheme, found, wanted, graph_weights.quantized_schemes(after), operators)
     return {
         "bits_per_weight": round(stored_bits(after, out_dir) / sum(weight.size for weight in found), 3),
         "weights": dict(Counter(_label(given) for given in wanted.values())),
@@ -135,6 +138,7 @@ def _block_wise(
     out_dir: Path,
     scheme: Scheme,
     wanted: Mapping[str, WeightScheme],
+    form: str,
     progress: Progress,
 ) -> Mapping[str, float]:
     """Our own passes; returns the relative squared error of each weight."""
@@ -142,6 +146,7 @@ def _block_wise(
         "schemes": {path: given.model_dump() for path, given in wanted.items()},
         "accuracy_level": scheme.accuracy_level,
         "share_embedding": scheme.embedding == "shared",
+        "form": form,
         "progress": progress,
     }
     if scheme.algorithm == "gptq":
@@ -179,7 +184,7 @@ def _through_olive(
     role = {weight.role: weight for weight in found}
     share = (role["head"], role["embedding"]) if scheme.embedding == "shared" else None
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        graph.repack(model, here, writer, share)
+        graph_weights.repack(model, here, writer, share)
     onnx.save(model, str(out_dir / "model.onnx"))
     for folder in scratch:
         shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline import strict_yaml
+from pipeline import target as targets
 from pipeline.family import FAMILIES
 from pipeline.scheme import Frozen, Scheme
 from pipeline.strict_yaml import Document, Finding, Loc, nearest
@@ -108,11 +109,13 @@ class Export(Frozen):
 
     Attributes:
         exporter: ``genai`` (Olive's ModelBuilder) or ``optimum`` (Olive with optimum-onnx).
+        dtype: of the activations between kernels; the target's first one when left out.
         last_token_head: compute the head for the last token of a prompt only.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
     exporter: Literal["genai", "optimum"] = "genai"
+    dtype: Literal["float32", "float16"] | None = None
     last_token_head: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -335,9 +338,9 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     if scheme := _typed(Scheme, value.get("quantize")):
         for loc, reason in scheme.problems():
             yield ("quantize", *loc), reason
-        for loc, weight in scheme.weight_schemes():
-            if target and weight.bits not in target.bits:
-                yield ("quantize", *loc, "bits"), f"{weight.bits}-bit weights have no kernels on {target.name}"
+    if target:
+        export = value.get("export")
+        yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
     if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
             if source.type == "wheels" or (source.type == "hub" and source.file):

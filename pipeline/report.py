@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from pipeline.artifact import VALIDATION, Artifact, Need, Step, read_manifest
 from pipeline.errors import QwenOnnxError
+from pipeline.machine import Execution
+from pipeline.target import Target
 
 
 class Reporter(Protocol):
@@ -201,7 +203,8 @@ def validation(data: Mapping[str, Any]) -> str:
     reference, candidate = data["reference"], data["candidate"]
     lines = [
         f"reference: {reference['runtime']}, {reference['dtype']}",
-        f"measured:  {candidate['runtime']} on {candidate['executed_on']}",
+        f"measured:  {candidate['runtime']} on {candidate['executed_on']} ({candidate['device']})",
+        *_elsewhere(candidate),
         table(rows, ("", "METRIC", "PATH", "VALUE", "GATE")),
     ]
     if data["finite"]:
@@ -210,6 +213,41 @@ def validation(data: Mapping[str, Any]) -> str:
     same = [answer["name"] for answer in data["greedy"]["answers"] if answer["first_divergence"] is None]
     lines.append(f"greedy answers identical to the reference's: {len(same)} of {len(data['greedy']['answers'])}")
     return "\n".join(lines)
+
+
+def _elsewhere(candidate: Mapping[str, Any]) -> list[str]:
+    """A line that says so when a validation ran on another provider than the package is for."""
+    if candidate["executed_on"] == candidate["provider"]:
+        return []
+    return [f"           NOT on {candidate['provider']}: {candidate['not_executed_on_target']}"]
+
+
+def targets(found: Sequence[tuple[Target, Execution]]) -> str:
+    """The capability table: what each target is, and what this machine can do for it."""
+    rows = []
+    for target, execution in found:
+        weights = [f"INT{bits}" for bits in (target.kernels.block_sizes if target.kernels else ())]
+        newest = f"= {target.runtime.newest}" if target.runtime.newest else f">= {target.runtime.minimum}"
+        rows.append(
+            (
+                target.name,
+                target.provider,
+                "/".join(target.dtypes),
+                "/".join([*weights, *("FP16" for dtype in target.dtypes if dtype == "float16")]),
+                target.shapes,
+                f"{target.runtime.package} {newest}",
+                "no" if target.missing else "yes",
+                "no" if target.missing or execution.provider != target.provider else "yes",
+                "" if target.missing else execution.label(),
+            )
+        )
+    header = ("TARGET", "PROVIDER", "IO", "SCHEMES", "SHAPES", "RUNTIME", "BUILT HERE", "EXECUTED HERE", "EXECUTED ON")
+    reasons = [
+        (target.name, target.missing or execution.missing)
+        for target, execution in found
+        if target.missing or execution.missing
+    ]
+    return table(rows, header) + "\n\nwhy not on their own provider here:\n" + table(reasons, ("TARGET", "REASON"))
 
 
 def package(folder: Path) -> str:

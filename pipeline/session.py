@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifact import read_manifest
 from pipeline.errors import PackageError, RuntimeMissing
 
 
 @dataclass(frozen=True)
 class Session:
-    """A loaded package: the runtime's model, and the facts of its ``genai_config.json`` that callers need."""
+    """A loaded package: the runtime's model, and the facts of its ``genai_config.json`` that callers need.
+
+    ``provider`` is the runtime's name of what computes: ``cpu``, ``cuda``, ``dml``…
+    """
 
     package: Path
     model: Any
     config: dict[str, Any]
     threads: int
+    provider: str
 
     @property
     def context_length(self) -> int:
@@ -58,22 +64,32 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def open_package(package: Path, threads: int | None = None) -> Session:
+def own_provider(config: Mapping[str, Any]) -> str:
+    """The provider that a ``genai_config.json`` asks for; ``cpu`` when it names none."""
+    options = config["model"]["decoder"].get("session_options", {}).get("provider_options") or [{"cpu": {}}]
+    return str(next(iter(options[0])))
+
+
+def open_package(package: Path, threads: int | None = None, provider: str = "") -> Session:
     """Load a package.
 
     ONNX Runtime guesses one thread on many virtual machines, where hyper-threads look like one core;
     the number of usable cores is therefore set at load time (not in the package: it is a fact of the machine).
 
+    Args:
+        provider: ``cpu`` runs a package for other hardware on the processor; the package's own when left out.
+
     Raises:
         PackageError: the configuration or the model cannot be loaded.
-        RuntimeMissing: onnxruntime-genai is not installed.
+        RuntimeMissing: onnxruntime-genai is not installed, or has not the provider.
     """
     og = runtime()
     threads = threads or available_threads()
     try:
         config = json.loads((package / "genai_config.json").read_bytes())
         facts = [config["model"][name] for name in ("context_length", "vocab_size", "eos_token_id")]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        own = own_provider(config)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
     if None in facts:
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
@@ -81,7 +97,24 @@ def open_package(package: Path, threads: int | None = None) -> Session:
         settings = og.Config(str(package))
         overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
         settings.overlay(json.dumps(overlay))
+        if provider == "cpu":
+            settings.clear_providers()
         model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side
-        raise PackageError(f"{package} cannot be loaded by onnxruntime-genai", why=str(error).split("\n")[0]) from None
-    return Session(package, model, config, threads)
+        why = str(error).split("\n")[0]
+        if own not in ("cpu", provider):
+            raise RuntimeMissing(
+                f"{package} is for the provider {own}, which is not to be had here",
+                why=why,
+                fix=f"pip install {_wanted_runtime(package)} on a machine with that hardware; "
+                "`--provider cpu` runs the package on the processor, slowly",
+            ) from None
+        raise PackageError(f"{package} cannot be loaded by onnxruntime-genai", why=why) from None
+    return Session(package, model, config, threads, provider or own)
+
+
+def _wanted_runtime(package: Path) -> str:
+    try:
+        return str(read_manifest(package).data["runtime"].get("name", "onnxruntime-genai"))
+    except PackageError:
+        return "onnxruntime-genai"

@@ -1,8 +1,66 @@
-"""The hardware targets: one literal table of what is true of each."""
+"""The hardware targets: one literal table of what is true of each, and what follows from it.
+
+Every limit is data with its reason beside it; `problems` holds a recipe's export and scheme against a row. Kernels are
+those of ONNX Runtime's execution providers, from its sources (1.24 to 1.32).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from pipeline.scheme import Scheme, WeightScheme
+
+Loc = tuple[str | int, ...]
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a device needs to run a package.
+
+    Attributes:
+        package: distribution to install.
+        minimum: oldest version of it that packages were made for.
+        platforms: systems that it is published for.
+        newest: last version, where there are no more to come; packages are held to what it loads.
+    """
+
+    package: str
+    minimum: str
+    platforms: str
+    newest: str = ""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a device may be from what was validated, when it is fed the golden answers token by token.
+
+    Attributes:
+        top1: least share of golden tokens that it ranks first.
+        logprob: largest mean difference of the golden tokens' log-probabilities, in nats.
+    """
+
+    top1: float
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Quantized weights that a provider's kernels compute with.
+
+    Attributes:
+        block_sizes: for each width in bits, the block sizes.
+        zero_points: whether blocks may be asymmetric.
+        embedding: whether the embedding may be quantized (``GatherBlockQuantized``).
+        form: ``nbits`` (``MatMulNBits``) or ``qdq`` (``DequantizeLinear`` before ``MatMul``).
+    """
+
+    block_sizes: Mapping[int, tuple[int, ...]]
+    zero_points: bool = True
+    embedding: bool = True
+    form: str = "nbits"
 
 
 @dataclass(frozen=True)
@@ -11,27 +69,171 @@ class Target:
 
     Attributes:
         name: as recipes spell it.
+        title: what people call it.
         provider: ONNX Runtime execution provider.
-        io_dtype: type of activations between kernels.
-        bits: weight widths that the provider's kernels compute with; 32 and 16 are unquantized.
-        missing: why it cannot be built by this version; empty when it can.
+        option: the provider's name in ``genai_config.json``; empty for the CPU.
+        dtypes: activations between kernels; the first is the default.
+        kernels: quantized weights; ``None`` when weights come quantized from elsewhere.
+        shapes: ``dynamic`` or ``static``.
+        runtime: what a device needs.
+        replay: tolerance of the golden replay on the device.
+        max_file: largest file that the runtime reads, in bytes; 0 when there is no such limit.
+        max_opset: newest opset that ``runtime.newest`` reads.
+        algorithms: what quantizes for it.
+        missing: why it cannot be built; empty when it can.
     """
 
     name: str
+    title: str
     provider: str
-    io_dtype: str
-    bits: tuple[int, ...]
+    option: str
+    dtypes: tuple[str, ...]
+    kernels: Kernels | None
+    runtime: Runtime
+    replay: Tolerance
+    shapes: str = "dynamic"
+    max_file: int = 0
+    max_opset: int = 0
+    algorithms: tuple[str, ...] = ("gptq", "min_error", "rtn", "k_quant", "none")
     missing: str = ""
 
 
-_LATER = "this version of qwen-onnx builds for cpu only; the {} export and its validation are not there yet"
+_FINE = (16, 32, 64, 128, 256)
+_GPU_BLOCKS = (16, 32, 64, 128)
+_GB = 1 << 30
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "CPUExecutionProvider", "float32", (4, 8, 32)),
-        Target("cuda", "CUDAExecutionProvider", "float16", (4, 16), _LATER.format("CUDA")),
-        Target("directml", "DmlExecutionProvider", "float16", (4, 16), _LATER.format("DirectML")),
-        Target("npu", "QNNExecutionProvider", "uint16", (4, 8), _LATER.format("NPU (Qualcomm QNN)")),
+        Target(
+            name="cpu",
+            title="x86-64 and Arm processors",
+            provider=CPU,
+            option="",
+            # Float16 has no kernels of its own here: it would be computed in float32 with a conversion each way.
+            dtypes=("float32",),
+            kernels=Kernels({4: _FINE, 8: _FINE}),
+            runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS"),
+            # Processors differ in how they sum and round 8-bit products.
+            replay=Tolerance(top1=0.9, logprob=0.15),
+            algorithms=("gptq", "min_error", "rtn", "k_quant", "dynamic", "none"),
+        ),
+        Target(
+            name="cuda",
+            title="NVIDIA GPUs with CUDA",
+            provider="CUDAExecutionProvider",
+            option="cuda",
+            dtypes=("float16",),
+            kernels=Kernels({4: _GPU_BLOCKS, 8: _GPU_BLOCKS}),
+            runtime=Runtime("onnxruntime-genai-cuda", "0.14.1", "Linux, Windows"),
+            replay=Tolerance(top1=0.9, logprob=0.15),
+        ),
+        Target(
+            name="directml",
+            title="GPUs of Windows with DirectX 12",
+            provider="DmlExecutionProvider",
+            option="dml",
+            dtypes=("float16",),
+            # There is no kernel for a quantized embedding; it would be looked up on the processor, token by token.
+            kernels=Kernels({4: _GPU_BLOCKS}, embedding=False),
+            runtime=Runtime("onnxruntime-genai-directml", "0.14.1", "Windows", newest="0.14.1"),
+            replay=Tolerance(top1=0.9, logprob=0.15),
+            max_file=4 * _GB,
+            max_opset=21,
+        ),
+        Target(
+            name="webgpu",
+            title="GPUs through WebGPU",
+            provider="WebGpuExecutionProvider",
+            option="webgpu",
+            dtypes=("float16",),
+            kernels=Kernels({4: (32, 64, 128)}),
+            runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS, browsers"),
+            replay=Tolerance(top1=0.9, logprob=0.15),
+            max_file=2 * _GB,
+        ),
+        Target(
+            name="tensorrt-rtx",
+            title="NVIDIA RTX GPUs with TensorRT-RTX",
+            provider="NvTensorRTRTXExecutionProvider",
+            option="NvTensorRtRtx",
+            dtypes=("float16",),
+            kernels=Kernels({4: (32, 64, 128)}, zero_points=False, embedding=False, form="qdq"),
+            runtime=Runtime("onnxruntime-genai-winml", "0.14.1", "Windows"),
+            replay=Tolerance(top1=0.9, logprob=0.15),
+        ),
     )
 }
+
+
+def problems(target: Target, export: Mapping[str, Any], scheme: Scheme | None) -> Iterator[tuple[Loc, str]]:
+    """(location in the recipe, reason) of each thing that the target cannot do.
+
+    Args:
+        export: the recipe's section ``export``: ``dtype`` and ``options`` are read.
+        scheme: of the quantization, when it is well-formed.
+    """
+    yield from _export_problems(target, export, scheme)
+    dtype = export.get("dtype")
+    if dtype and dtype not in target.dtypes:
+        yield ("export", "dtype"), f"{dtype} is not computed with on {target.name}: {' or '.join(target.dtypes)}"
+    if scheme is None:
+        return
+    if scheme.algorithm not in target.algorithms:
+        known = ", ".join(target.algorithms)
+        yield ("quantize", "algorithm"), f"{scheme.algorithm} has no kernels on {target.name}; known: {known}"
+    kernels = target.kernels
+    if kernels is None:
+        return
+    for loc, weight in scheme.weight_schemes():
+        yield from (((*("quantize", *loc), key), text) for key, text in _weight_problems(target.name, kernels, weight))
+    if scheme.embedding != "float" and not kernels.embedding:
+        yield ("quantize", "embedding"), f"{target.name} has no kernel that gathers from quantized rows: use `float`"
+
+
+# Options of the exporter that only one kind of hardware has: name → the targets that do, and why no other.
+_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "enable_cuda_graph": (("cuda", "tensorrt-rtx"), "it records CUDA graphs"),
+    "enable_webgpu_graph": (("webgpu",), "it records WebGPU command buffers"),
+    "use_cuda_bf16": (("cuda", "tensorrt-rtx"), "no other provider computes in bfloat16"),
+    "use_paged_attention": (("cuda",), "paged attention is a CUDA kernel"),
+    "use_webgpu_fp32": (("webgpu",), "other targets have the dtype of their row"),
+}
+
+
+def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme | None) -> Iterator[tuple[Loc, str]]:
+    options = export.get("options")
+    options = options if isinstance(options, Mapping) else {}
+    extra = options.get("extra_options")
+    for section, given in ((("export", "options"), options), (("export", "options", "extra_options"), extra)):
+        for name in given if isinstance(given, Mapping) else ():
+            only, why = _ONLY.get(str(name), ((), ""))
+            if why and target.name not in only:
+                yield (*section, str(name)), f"{name} is for {' and '.join(only)} only: {why}"
+            if name == "use_qdq" and scheme and any(weight.bits == 8 for _, weight in scheme.weight_schemes()):
+                yield (*section, name), "8-bit weights have no QDQ form in the exporter: use 4 bits, or leave it out"
+    opset = options.get("target_opset")
+    if target.max_opset and isinstance(opset, int) and opset > target.max_opset:
+        text = f"{target.runtime.package} {target.runtime.newest} reads opsets up to {target.max_opset}"
+        yield ("export", "options", "target_opset"), text
+    if export.get("exporter") == "optimum" and "float32" not in target.dtypes:
+        yield ("export", "exporter"), f"optimum traces float32 graphs; {target.name} computes in {target.dtypes[0]}"
+
+
+def file_problem(target: Target, size: int) -> str:
+    """Why weights of ``size`` bytes in one file cannot be read on the target; empty when they can."""
+    if not target.max_file or size <= target.max_file:
+        return ""
+    limit = f"{target.runtime.package} reads files up to {target.max_file / 1e9:.1f} GB"
+    return f"its weights take about {size / 1e9:.1f} GB, and {limit}"
+
+
+def _weight_problems(name: str, kernels: Kernels, weight: WeightScheme) -> Iterator[tuple[str, str]]:
+    sizes = kernels.block_sizes.get(weight.bits)
+    if sizes is None:
+        yield "bits", f"{weight.bits}-bit weights have no kernels on {name}"
+    elif weight.block_size not in sizes:
+        known = ", ".join(map(str, sizes))
+        yield "block_size", f"blocks of {weight.block_size} have no {weight.bits}-bit kernel on {name}; known: {known}"
+    if not weight.symmetric and not kernels.zero_points:
+        yield "symmetric", f"zero points have no kernels on {name}: set `symmetric: true`"

@@ -6,7 +6,7 @@ data; and only then, where asked for, is the model loaded and its golden transcr
 
 from __future__ import annotations
 
-import json
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.errors import PackageError, RuntimeMissing, UsageError
 _DECODER = {
     "session_options": {
         "log_id": str,
-        "provider_options": [],
+        "provider_options": [{}],
         "intra_op_num_threads": int,
         "inter_op_num_threads": int,
         "enable_cpu_mem_arena": bool,
@@ -65,9 +65,22 @@ _CONFIG: dict[str, Any] = {
         "top_p": (int, float),
     },
 }
+# Options of providers, none of which names a file that the runtime would load.
+_PROVIDERS = {
+    "cuda": ("enable_cuda_graph", "enable_skip_layer_norm_strict_mode"),
+    "dml": (),
+    "webgpu": ("enableGraphCapture", "validationMode"),
+    "NvTensorRtRtx": ("enable_cuda_graph",),
+}
+_OPTION = re.compile(r"[A-Za-z0-9_-]{0,40}")
 # What callers read of a configuration, so that a file without it is refused here and not a traceback there.
 _NEEDED = ("type", "context_length", "vocab_size", "eos_token_id", "decoder")
-_RUNTIMES = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
+_RUNTIMES = (
+    "onnxruntime-genai",
+    "onnxruntime-genai-cuda",
+    "onnxruntime-genai-directml",
+    "onnxruntime-genai-winml",
+)
 
 
 def check_files(package: Path, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -172,8 +185,8 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
             else:
                 yield f"unknown key `{inner}`"
     elif isinstance(allowed, list):
-        if value != allowed:
-            yield f"`{key}` is not {allowed}"
+        if not isinstance(value, list) or not all(_is_provider(entry) for entry in value):
+            yield f"`{key}` names providers or options that are not known to be safe"
     elif allowed is dict:
         if not isinstance(value, dict) or not all(_is_name(item) for item in value.values()):
             yield f"`{key}` does not map to names"
@@ -183,6 +196,20 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
         yield f"`{key}` is no list of whole numbers"
     elif key.endswith("filename"):
         yield from _graph_problems(value, key)
+
+
+def _is_provider(entry: Any) -> bool:
+    """One provider with options that are plain words: no path, and nothing that loads a library."""
+    if not isinstance(entry, dict) or len(entry) != 1:
+        return False
+    ((name, options),) = entry.items()
+    known = _PROVIDERS.get(name)
+    return (
+        known is not None
+        and isinstance(options, dict)
+        and all(option in known for option in options)
+        and all(isinstance(value, str) and _OPTION.fullmatch(value) for value in options.values())
+    )
 
 
 def _graph_problems(name: str, key: str) -> Iterator[str]:
@@ -262,55 +289,41 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(parts)
 
 
-def replay(package: Path) -> dict[str, Any]:
-    """Run the golden transcript on this machine.
+def replay(package: Path, provider: str = "") -> dict[str, Any]:
+    """Run the golden transcript on this machine, within the tolerance of the manifest.
+
+    Args:
+        provider: ``cpu`` runs it on the processor, whatever the package is for.
 
     Returns:
-        ``prompts``, ``identical`` (prompts whose tokens are all equal) and ``agreement`` (share of tokens before the
-        first difference, over all prompts): kernels of another processor may round a near tie the other way.
+        what `pipeline.replay.replay` returns, and ``provider``: what computed.
 
     Raises:
-        PackageError: the transcript or the model cannot be loaded, or fewer than half of the tokens agree.
+        PackageError: the transcript or the model cannot be loaded, or the device is out of tolerance.
+        RuntimeMissing: the package's provider is not to be had here.
     """
     from pipeline import generate, session
+    from pipeline import replay as transcript
 
-    entries = _transcript(package / GOLDEN)
-    opened = session.open_package(package)
+    try:
+        entries = transcript.read(package / GOLDEN)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise PackageError(f"{GOLDEN} cannot be read", where=str(package / GOLDEN), why=str(error)) from None
+    opened = session.open_package(package, provider=provider)
     try:
         for entry in entries:
-            generate.check_prompt(opened, entry["prompt"])
+            generate.check_prompt(opened, [*entry["prompt"], *entry["tokens"]])
     except UsageError as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
-    identical = agreed = total = 0
-    for entry in entries:
-        wanted = entry["tokens"]
-        found = list(generate.stream(opened, entry["prompt"], max(len(wanted), 1)))[: len(wanted)]
-        same = next(
-            (index for index, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), len(found)
-        )
-        identical += same == len(wanted)
-        agreed, total = agreed + same, total + len(wanted)
-    result = {"prompts": len(entries), "identical": identical, "agreement": round(agreed / max(total, 1), 4)}
-    if agreed < total / 2:
+    result = transcript.replay(opened.model, entries)
+    tolerance = {**transcript.DEFAULT, **read_manifest(package).data.get("replay", {})}
+    if problem := transcript.verdict(result, tolerance):
         raise PackageError(
             "this machine does not compute what was validated",
-            why=f"{agreed} of {total} golden tokens agree before the first difference",
-            fix="update onnxruntime-genai, and report the processor and the versions",
+            why=problem,
+            fix="update onnxruntime-genai, and report the device and the versions",
         )
-    return result
-
-
-def _transcript(path: Path) -> list[dict[str, Any]]:
-    try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        lists = [entry[key] for entry in entries for key in ("prompt", "tokens")]
-        if not any(entry["tokens"] for entry in entries):
-            raise ValueError("it has no tokens")
-        if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in lists):
-            raise ValueError("token ids are whole numbers")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PackageError(f"{GOLDEN} cannot be read", where=str(path), why=str(error)) from None
-    return entries
+    return {**result, "provider": opened.provider}
 
 
 def package(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:

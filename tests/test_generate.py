@@ -53,7 +53,7 @@ CONFIG = {"model": {"context_length": 8, "vocab_size": 16, "eos_token_id": 3}}
 )
 def test_prompts_are_checked(prompt: list[int], text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        generate.check_prompt(Session(Path(), None, CONFIG, 1), prompt)
+        generate.check_prompt(Session(Path(), None, CONFIG, 1, "cpu"), prompt)
 
 
 class Bytes:

@@ -79,9 +79,9 @@ def test_inputs_that_do_not_correlate_leave_plain_rounding(symmetric: bool) -> N
         zero = np.full(made.scale.shape, 8)
     else:
         np.testing.assert_array_equal(made.zero_point, plain.zero_point)
-        zero = blockwise._unpack(made.zero_point, 4)
+        zero = blockwise.unpack(made.zero_point, 4)
     wanted = np.rint(weight.reshape(N, -1, 32) / made.scale[..., None] + zero[..., None]).clip(0, 15)
-    np.testing.assert_array_equal(blockwise._unpack(made.packed, 4), wanted)
+    np.testing.assert_array_equal(blockwise.unpack(made.packed, 4), wanted)
 
 
 def test_what_cannot_be_quantized_is_refused() -> None:
@@ -151,8 +151,8 @@ def test_hessians_are_those_of_an_ordinary_run(
         for kind, paths in names.items():
             for path in paths:
                 hessian = found.of(f"model.layers.{index}.{path}")
-                torch.testing.assert_close(hessian, sums[f"layers.{index}.{kind}"], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found.of("lm_head"), sums["head"], rtol=1e-4, atol=1e-3)
+                torch.testing.assert_close(hessian, sums[f"layers.{index}.{kind}"], rtol=1e-3, atol=2e-2)
+    torch.testing.assert_close(found.of("lm_head"), sums["head"], rtol=1e-3, atol=2e-2)
     with pytest.raises(StageError, match="not in the layers' order"):
         found.of("model.layers.1.mlp.up_proj")
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline import blockwise, graph
+from pipeline import blockwise, graph, graph_weights
 from pipeline.errors import StageError
 from pipeline.external_data import ALIGNMENT, ExternalDataWriter, read_tensor, stored_bits
 from pipeline.scheme import WeightScheme
@@ -180,10 +180,10 @@ def test_a_shared_embedding_is_the_head_s_bytes_and_computes_with_them(head: Wei
     out_dir.mkdir()
     body = scheme(4, 16, False)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        errors = graph.quantize_weights(
+        errors = graph_weights.quantize_weights(
             model, source, writer, {HEAD: head, BODY: body}, accuracy_level=1, share_embedding=True
         )
-    assert graph.quantized_schemes(model) == {EMBEDDING: head, BODY: body, HEAD: head}
+    assert graph_weights.quantized_schemes(model) == {EMBEDDING: head, BODY: body, HEAD: head}
     assert set(errors) == {HEAD, BODY}
 
     constants = values()
@@ -208,7 +208,7 @@ def test_weights_without_a_scheme_stay_as_they_were_and_unused_ones_are_dropped(
     out_dir.mkdir()
     seen: list[tuple[float, str]] = []
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        graph.quantize_weights(
+        graph_weights.quantize_weights(
             model,
             source,
             writer,
@@ -234,7 +234,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
         ExternalDataWriter(tmp_path / "model.onnx.data") as writer,
         pytest.raises(StageError, match=f"weight {BODY} cannot be quantized") as caught,
     ):
-        graph.quantize_weights(model, tmp_path / "float", writer, {BODY: scheme(4, 32, True)})
+        graph_weights.quantize_weights(model, tmp_path / "float", writer, {BODY: scheme(4, 32, True)})
     assert "NaN" in caught.value.why
 
 
@@ -254,7 +254,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(
         ExternalDataWriter(tmp_path / "model.onnx.data") as writer,
         pytest.raises(StageError, match="cannot share") as caught,
     ):
-        graph.quantize_weights(model, tmp_path / "float", writer, schemes, share_embedding=True)
+        graph_weights.quantize_weights(model, tmp_path / "float", writer, schemes, share_embedding=True)
     assert why in caught.value.why
     assert caught.value.fix
     assert (tmp_path / "model.onnx.data").stat().st_size == 0

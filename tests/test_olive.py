@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import exporter, generate, graph, metrics, olive, quantizer, reference, texts
+from pipeline import exporter, generate, graph, graph_weights, metrics, olive, quantizer, reference, texts
 from pipeline import session as sessions
 from pipeline.artifact import Artifact, Estimate, Progress, Step
 from pipeline.errors import RecipeError, StageError
@@ -237,7 +237,7 @@ def test_overrides_exclusions_and_the_head_have_what_the_recipe_says(
         accuracy_level=1,
     )
     after = graph.load(made.path / "model.onnx")
-    found = {path: (given.bits, given.block_size) for path, given in graph.quantized_schemes(after).items()}
+    found = {path: (given.bits, given.block_size) for path, given in graph_weights.quantized_schemes(after).items()}
     assert found.pop("lm_head") == (8, 64)
     assert found.pop("model.layers.0.mlp.down_proj") == (8, 16)
     assert set(found.values()) == {(4, 32)}

@@ -179,17 +179,17 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "nested too deep in lines": ("description: " + "[\n" * 50000, [("cpu-int4.yaml:33: not YAML: nested deeper", "")]),
     "unknown target": (
         "target: cpuu",
-        [("cpu-int4.yaml:2: unknown target `cpuu`; did you mean `cpu`?", "known: cpu, cuda, directml, npu")],
+        [("cpu-int4.yaml:2: unknown target `cpuu`; did you mean `cpu`?", "known: cpu, cuda, directml")],
     ),
     "unknown family": (
         f"architecture: {{{SIZES},\n  model_type: qwen22}}",
         [("cpu-int4.yaml:3: unknown family `qwen22`; did you mean `qwen2`?", "known: qwen2, qwen3")],
     ),
     "bits without kernels": (
-        f"target: cuda\nquantize:\n  body: {{bits: 8}}\n  overrides:\n  - match: x\n    scheme: {SCHEME}",
+        f"target: directml\nquantize:\n  body: {{bits: 8}}\n  overrides:\n  - match: x\n    scheme: {SCHEME}",
         [
-            ("cpu-int4.yaml:4: 8-bit weights have no kernels on cuda", ""),
-            ("cpu-int4.yaml:7: 8-bit weights have no kernels on cuda", ""),
+            ("cpu-int4.yaml:4: 8-bit weights have no kernels on directml", ""),
+            ("cpu-int4.yaml:7: 8-bit weights have no kernels on directml", ""),
         ],
     ),
     "k_quant and symmetric": (
@@ -446,7 +446,7 @@ checkpoint:
   languages: [en]
 architecture:
   {{model_type: qwen3, {SIZES}}}
-export: {{exporter: optimum, last_token_head: false, options: {{a: [1]}}}}
+export: {{exporter: optimum, dtype: float32, last_token_head: false, options: {{a: [1]}}}}
 quantize:
   algorithm: rtn
   head: {SCHEME}

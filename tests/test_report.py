@@ -78,7 +78,13 @@ def _validation(finite: bool) -> dict[str, Any]:
         "gates": gates,
         "finite": finite,
         "reference": {"runtime": "torch 2.13.0+cpu", "dtype": "float32"},
-        "candidate": {"runtime": "onnxruntime-genai 0.14.1", "executed_on": "CPUExecutionProvider"},
+        "candidate": {
+            "runtime": "onnxruntime-genai 0.14.1",
+            "provider": "NvTensorRTRTXExecutionProvider",
+            "executed_on": "CPUExecutionProvider",
+            "device": "the processor",
+            "not_executed_on_target": "onnxruntime-genai-winml is not installed",
+        },
         "greedy": {"answers": [{"name": "a", "first_divergence": None}, {"name": "b", "first_divergence": 0}]},
     } | ({"decode": {"domains": domains}} if finite else {})
 
@@ -90,6 +96,7 @@ def test_a_validation_fits_a_screen(finite: bool) -> None:
     assert max(map(len, lines)) <= 100
     assert sum(line.startswith("FAIL") for line in lines) == 16
     assert "1 of 2" in lines[-1]
+    assert any("NOT on NvTensorRTRTXExecutionProvider" in line for line in lines)
 
 
 def test_a_plan_shows_needs_beside_what_the_machine_has() -> None:

@@ -30,7 +30,12 @@ GOOD: dict[str, Any] = {
     "tokenizer": {"runtime": [{"name": "decomposed accents", "reason": "known"}], "served": []},
     "chat_template": {"runtime": [], "served": []},
     "reference": {"runtime": "torch", "dtype": "float32"},
-    "candidate": {"runtime": "genai", "executed_on": "CPUExecutionProvider"},
+    "candidate": {
+        "runtime": "genai",
+        "provider": "CPUExecutionProvider",
+        "executed_on": "CPUExecutionProvider",
+        "device": "the processor",
+    },
 }
 
 

@@ -160,7 +160,7 @@ HOSTILE_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a provider's library": (
         {"session_options": {"provider_options": [{"QNN": {"backend_path": "evil.so"}}]}},
-        "`model.decoder.session_options.provider_options` is not []",
+        "`model.decoder.session_options.provider_options` names providers or options",
     ),
     "a file elsewhere": ({"filename": "../model.onnx"}, "`model.decoder.filename` leaves the package"),
     "an absolute file": ({"filename": "/model.onnx"}, "`model.decoder.filename` leaves the package"),

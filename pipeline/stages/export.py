@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import exporter, graph, olive
+from pipeline import exporter, graph, graph_weights, olive
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
@@ -40,14 +40,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     work = out_dir / "export"
     work.mkdir()
     progress(0.1, f"Olive with {spec.exporter}")
-    exporter.EXPORTERS[spec.exporter](source, work, spec.options)
+    exporter.EXPORTERS[spec.exporter](source, work, spec.options, step.fields["provider"], step.fields["dtype"])
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
     inputs_before = graph.interface(model)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         if spec.last_token_head:
             graph.prune_head(model)
-        graph.repack(model, work, writer)
+        graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, verify
+from pipeline import card, digest, replay, verify
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, SCHEMA_VERSION, VALIDATION, Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 
 _LICENSES = Path(__file__).parent.parent / "data"
-
-# The oldest runtime that packages were run with; older ones were not tried.
-MINIMUM_RUNTIME = "0.14.1"
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
@@ -35,9 +32,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         shutil.copyfile(model.path / name, out_dir / name)
     for name in (VALIDATION, GOLDEN):
         shutil.copyfile(validated.path / name, out_dir / name)
+    shutil.copyfile(Path(replay.__file__), out_dir / "replay.py")
     _write_config(out_dir / "genai_config.json", step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
-    manifest = _describe(step, inputs)
+    manifest = _describe(step, inputs, validation["candidate"])
     size = sum(path.stat().st_size for path in out_dir.glob("*.data"))
     (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
     own = _own_text(checkpoint.path, "NOTICE")
@@ -82,7 +80,7 @@ def _own_text(checkpoint: Path, name: str) -> Path | None:
     return next((path for path in sorted(checkpoint.glob(f"{name}*")) if path.is_file()), None)
 
 
-def _describe(step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def _describe(step: Step, inputs: Mapping[str, Artifact], executed: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, but for its files."""
     fields = step.fields
     return {
@@ -99,6 +97,7 @@ def _describe(step: Step, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         "steps": {name: {"key": artifact.key, "digest": artifact.digest} for name, artifact in inputs.items()}
         | {"package": {"key": step.key}},
         "tools": fields["tools"],
-        "target": {"name": fields["target"], "provider": fields["provider"]},
-        "runtime": {"name": "onnxruntime-genai", "minimum": MINIMUM_RUNTIME},
+        "target": {**fields["target"], "validated_on": executed["executed_on"], "validated_device": executed["device"]},
+        "runtime": fields["runtime"],
+        "replay": fields["replay"],
     }

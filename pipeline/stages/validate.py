@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, parity, reference, texts
+from pipeline import generate, graph, metrics, parity, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step
@@ -49,7 +49,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     package = inputs["quantize"].path
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
-    session = sessions.open_package(package)
+    execution = step.fields["execution"]
+    provider = "" if execution["provider"] == step.fields["provider"] else "cpu"
+    session = sessions.open_package(package, provider=provider)
     windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
     report: dict[str, Any] = {
         "schema_version": 1,
@@ -64,7 +66,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             },
             "runtime": f"onnxruntime-genai {step.tools['onnxruntime-genai']}",
             "target": step.fields["target"],
-            "executed_on": "CPUExecutionProvider",
+            "provider": step.fields["provider"],
+            "executed_on": execution["provider"],
+            "device": execution["device"],
+            "not_executed_on_target": execution["missing"],
         },
         "text": {"sha256": step.fields["text"], "windows": len(windows), "window_tokens": spec.window_tokens},
     }
@@ -139,7 +144,8 @@ def _agreement(
     torch_model: Reference, session: Session, twin: Path, windows: Sequence[Window], progress: Progress
 ) -> dict[str, Any]:
     """Figures of the prefill and the decode path, over all windows and by domain."""
-    whole = session if twin == session.package else sessions.open_package(twin)
+    provider = "cpu" if session.provider == "cpu" else ""
+    whole = session if twin == session.package else sessions.open_package(twin, provider=provider)
     prefill, decode = Tally(), Tally()
     last_token_error = 0.0
     for index, window in enumerate(windows):
@@ -182,7 +188,9 @@ def _answers(torch_model: Reference, session: Session, limit: int, out_dir: Path
                 "answer": torch_model.tokenizer.decode(found),
             }
         )
-        golden.append({"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]})
+        _, logprobs = replay.scores(session.model, prompt, longer[:limit])
+        entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
+        golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
     (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
     mean = sum(answer["agreement"] for answer in answers) / len(answers)

@@ -1,0 +1,331 @@
+"""What each command of the command line does: one function a command, which returns an exit code.
+
+Heavy imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import GateError, QwenOnnxError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Step
+    from pipeline.generate import Sampling
+    from pipeline.recipe import Loaded
+    from pipeline.store import Store
+
+RECIPES = Path("recipes")
+
+
+def _load(path: Path) -> tuple[Loaded, list[Step]]:
+    from pipeline import plan, recipe
+
+    loaded = recipe.load(path)
+    return loaded, plan.make(loaded)
+
+
+def _open_store(options: argparse.Namespace) -> Store:
+    from pipeline.store import Store
+
+    return Store(options.store)
+
+
+def build(options: argparse.Namespace) -> int:
+    from pipeline import report, runner
+
+    loaded, steps = _load(options.recipe)
+    store = _open_store(options)
+    reporter = report.reporter(options.json)
+    try:
+        artifacts = runner.build(steps, store, reporter)
+        folder = options.out / loaded.name
+        fresh = runner.install(artifacts["package"], folder, store)
+    except GateError as error:
+        reporter.close()
+        if not options.json:
+            print(report.validation(json.loads(Path(error.where).read_bytes())))
+        raise
+    finally:
+        reporter.close()
+    if options.json:
+        report.Events().emit("package", path=str(folder), fresh=fresh)
+        return 0
+    print(report.package(folder))
+    if options.prompt and fresh:
+        _answer(folder, options.prompt)
+    elif options.prompt:
+        print("unchanged since the last build, which has answered already")
+    print(report.next_steps(folder))
+    return 0
+
+
+def _answer(folder: Path, prompt: str) -> None:
+    """Let a package that was just built and verified answer a prompt, where it was validated."""
+    from pipeline import chat
+    from pipeline.artifact import read_manifest
+
+    target = read_manifest(folder).data["target"]
+    elsewhere = target["validated_on"] != target["provider"]
+    print(f"\n> {prompt}\n")
+    asked = chat.load(folder).encode_chat([{"role": "user", "content": prompt}])
+    _stream(folder, asked, 160, provider="cpu" if elsewhere else "")
+    if elsewhere:
+        print(f"(answered by {target['validated_on']}: {target['provider']} is not to be had here)", file=sys.stderr)
+
+
+def _stream(
+    folder: Path,
+    prompt: Sequence[int],
+    limit: int,
+    threads: int | None = None,
+    sampling: Sampling | None = None,
+    as_json: bool = False,
+    provider: str = "",
+) -> None:
+    """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
+    import time
+
+    from pipeline import chat, generate, session
+
+    opened = session.open_package(folder, threads, provider)
+    text = generate.TextStream(chat.load(folder))
+    begin = time.perf_counter()
+    first, count = 0.0, 0
+    for token in generate.stream(opened, prompt, limit, sampling):
+        count += 1
+        first = first or time.perf_counter() - begin
+        piece = text.push(token)
+        print(
+            json.dumps({"token": token, "text": piece}) if as_json else piece, end="\n" if as_json else "", flush=True
+        )
+    took = time.perf_counter() - begin - first
+    speed = (count - 1) / took if count > 1 and took > 0 else 0.0
+    if as_json:
+        ended = "length" if count == generate.room(opened, prompt, limit) else "eos"
+        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
+        times = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
+        print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
+        return
+    print(text.rest(), flush=True)
+    rate = f", {speed:.0f} tokens/s" if speed else ""
+    print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s{rate})", file=sys.stderr)
+
+
+def plan(options: argparse.Namespace) -> int:
+    from pipeline import report, runner
+
+    loaded, steps = _load(options.recipe)
+    store = _open_store(options)
+    cached = {step.stage: store.get(step.stage, step.key) for step in steps}
+    needed = runner.need(steps, store)
+    if options.json:
+        for step in steps:
+            print(json.dumps({**step.as_dict(), "context": None, "cached": cached[step.stage] is not None}))
+        print(json.dumps({"need": vars(needed)}))
+    else:
+        print(report.plan(loaded.name, steps, cached, needed))
+    runner.check(needed)
+    return 0
+
+
+def recipe_list(options: argparse.Namespace) -> int:
+    from pipeline import recipe, report
+
+    paths = recipe.find(options.folder)
+    if not paths:
+        raise UsageError(f"there are no recipes below {options.folder}")
+    loaded = [recipe.load(path) for path in paths]
+    rows = [(str(item.path), item.recipe.target, item.recipe.description) for item in loaded]
+    print(report.table(rows, ("RECIPE", "TARGET", "DESCRIPTION")))
+    return 0
+
+
+def recipe_show(options: argparse.Namespace) -> int:
+    import yaml
+
+    from pipeline import recipe
+
+    loaded = recipe.load(options.recipe)
+    value = loaded.recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    print(f"# {loaded.name}")
+    print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120), end="")
+    return 0
+
+
+def recipe_lint(options: argparse.Namespace) -> int:
+    from pipeline import recipe, report
+
+    worst = 0
+    for path in options.recipes:
+        try:
+            _check_olive_options(recipe.load(path))
+        except QwenOnnxError as error:
+            report.show_error(error, False)
+            worst = max(worst, error.exit_code)
+        else:
+            print(f"{path}: good")
+    return worst
+
+
+def _check_olive_options(loaded: Loaded) -> None:
+    from pipeline import olive
+
+    wanted = loaded.recipe
+    olive.check_options(wanted.export.exporter, wanted.export.options, f"{loaded.path}: export.options")
+    if wanted.quantize.options:
+        olive.check_options(wanted.quantize.algorithm, wanted.quantize.options, f"{loaded.path}: quantize.options")
+
+
+def recipe_schema(options: argparse.Namespace) -> int:  # noqa: ARG001
+    from pipeline import recipe
+
+    print(json.dumps(recipe.json_schema(), indent=1))
+    return 0
+
+
+def store_list(options: argparse.Namespace) -> int:
+    from pipeline import report
+
+    entries = _open_store(options).entries()
+    rows = [(entry.stage, entry.key[:16], entry.digest[:16], report.summary(entry)) for entry in entries]
+    print(report.table(rows, ("STAGE", "KEY", "DIGEST", "MADE IN")))
+    return 0
+
+
+def store_check(options: argparse.Namespace) -> int:
+    store = _open_store(options)
+    entries = store.entries()
+    bad = {entry.key: problems for entry in entries if (problems := store.problems(entry))}
+    for entry in entries:
+        if entry.key in bad:
+            with store.lock(entry.key):
+                store.remove(entry)
+            print(f"{entry.stage} {entry.key[:16]}: {'; '.join(bad[entry.key])}: removed, the next build makes it anew")
+    print(f"{len(entries) - len(bad)} artifacts are whole, {len(bad)} were damaged")
+    return 0
+
+
+def store_gc(options: argparse.Namespace) -> int:
+    from pipeline import recipe
+
+    paths = options.keep if options.keep is not None else recipe.find(RECIPES)
+    keep: set[str] = set()
+    for path in paths:
+        try:
+            keep.update(step.key for step in _load(path)[1])
+        except QwenOnnxError as error:
+            if options.keep:
+                raise
+            print(f"{path}: not kept ({error.what})", file=sys.stderr)
+    freed = _open_store(options).collect(keep)
+    print(f"{freed / 1e9:.2f} GB freed")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from pipeline import verify
+
+    manifest = verify.package(options.package)
+    facts: dict[str, Any] = {"package": str(options.package), "name": manifest.data["name"], "digest": manifest.digest}
+    facts["files"] = len(manifest.files) + 2
+    if options.replay:
+        facts["runtime"] = verify.check_runtime(manifest)
+        facts["replay"] = verify.replay(options.package, options.provider)
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    print(f"{facts['name']}: {facts['files']} files are as built, configuration and external data are safe")
+    print(f"digest {facts['digest']}")
+    if options.replay:
+        result = facts["replay"]
+        print(
+            f"replay with onnxruntime-genai {facts['runtime']} on {result['provider']}: {result['identical']} of "
+            f"{result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} tokens ranked first, "
+            f"log-probabilities within {result['logprob']:.4f} nats on average"
+        )
+    return 0
+
+
+def generate(options: argparse.Namespace) -> int:
+    from pipeline import chat, verify
+    from pipeline.generate import Sampling
+
+    _positive(options, "max_tokens", "threads")
+    sampled = options.temperature != 0  # NaN is not 0 either
+    sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    if not options.trust:
+        verify.check_runtime(verify.package(options.package))
+    tokenizer = chat.load(options.package)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    prompt = (
+        tokenizer.encode(text, special=False)
+        if options.raw
+        else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+    )
+    _stream(
+        options.package, prompt, options.max_tokens, options.threads, sampling, options.json, provider=options.provider
+    )
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    from pipeline import bench, report, verify
+
+    _positive(options, "rounds", "prompt_tokens", "threads")
+    paths = {path.resolve(): path for path in options.packages}
+    names = [path.name for path in paths]
+    packages = {str(given) if names.count(path.name) > 1 else path.name: given for path, given in paths.items()}
+    if not options.trust:
+        for path in packages.values():
+            verify.check_runtime(verify.package(path))
+    packages |= {name: bench.peer(name, options.packages[0], _open_store(options)) for name in options.against}
+    runs = bench.compare(packages, options.rounds, options.prompt_tokens, options.threads)
+    figures = bench.summary(runs)
+    if options.json:
+        print(json.dumps(figures))
+        return 0
+    rows = [
+        (
+            name,
+            f"{entry['prefill']:.0f}",
+            f"{entry['decode']:.1f}",
+            f"{entry['peak_memory'] / 1e6:.0f}",
+            f"{entry['prefill_ratio']:.2f}" if "prefill_ratio" in entry else "",
+            f"{entry['decode_ratio']:.2f}" if "decode_ratio" in entry else "",
+        )
+        for name, entry in figures.items()
+    ]
+    first = next(iter(packages))
+    print(f"medians of {options.rounds} interleaved runs; ratios are {first} / the other, pair by pair")
+    print(report.table(rows, ("PACKAGE", "PREFILL tok/s", "DECODE tok/s", "PEAK MB", "PREFILL ×", "DECODE ×")))
+    return 0
+
+
+def _positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+
+
+def targets(options: argparse.Namespace) -> int:
+    from pipeline import machine, report
+    from pipeline.target import TARGETS
+
+    found = [(target, machine.execution(target)) for target in TARGETS.values()]
+    if options.json:
+        for target, execution in found:
+            print(json.dumps({**asdict(target), "executed_here": asdict(execution)}))
+    else:
+        print(report.targets(found))
+    return 0

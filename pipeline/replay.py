@@ -1,0 +1,159 @@
+"""Replay a package's golden transcript: does this device compute what was validated?
+
+This file is also shipped inside packages, where ``python replay.py`` runs it: it needs onnxruntime-genai and nothing of
+this project. The model is fed each golden answer token by token. Counted is how often it ranks the golden token first,
+and how far the token's log-probability is from the recorded one; a near tie that goes the other way costs one token and
+not the rest of the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+GOLDEN = "golden.jsonl"
+MANIFEST = "manifest.json"
+DEFAULT = {"top1": 0.9, "logprob": 0.15}
+# Exit codes, those of qwen-onnx: the device differs; the runtime or its hardware is missing.
+DIFFERS, MISSING = 9, 10
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: it cannot be read, or is no transcript.
+    """
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for entry in entries:
+        lists = entry["prompt"], entry["tokens"]
+        if not all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in lists):
+            raise ValueError("token ids are whole numbers")
+        numbers = entry["logprobs"]
+        if len(numbers) != len(entry["tokens"]) or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError("there is one log-probability a token")
+        if not entry["prompt"]:
+            raise ValueError("a prompt is empty")
+    if not any(entry["tokens"] for entry in entries):
+        raise ValueError("it has no tokens")
+    return entries
+
+
+def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Feed ``tokens`` after ``prompt``.
+
+    Args:
+        model: an ``onnxruntime_genai.Model``.
+        prompt, tokens: ids.
+
+    Returns:
+        before each token, the id that the model ranks first, and the token's log-probability in nats.
+    """
+    import onnxruntime_genai as og
+
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + len(tokens) + 1, do_sample=False)
+    generator = og.Generator(model, parameters)
+    first, logprobs = [], []
+    given: Sequence[int] = prompt
+    for token in tokens:
+        generator.append_tokens(np.asarray(given, np.int32))
+        row = _last_row(generator)
+        first.append(int(row.argmax()))
+        logprobs.append(float(row[token] - row.max() - np.log(np.exp(row - row.max()).sum())))
+        given = [token]
+    return first, logprobs
+
+
+def _last_row(generator: Any) -> npt.NDArray[np.float64]:
+    logits = np.asarray(generator.get_logits(), np.float64)
+    row: npt.NDArray[np.float64] = logits.reshape(-1, logits.shape[-1])[-1]
+    return row
+
+
+def replay(model: Any, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Run all entries.
+
+    Returns:
+        ``prompts``; ``identical``: prompts whose every token is ranked first, so that a greedy answer is the same;
+        ``tokens``; ``top1``: share of tokens ranked first; ``logprob``: mean difference of log-probabilities, in nats.
+    """
+    identical = right = total = 0
+    differences: list[float] = []
+    for entry in entries:
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"])
+        same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
+        identical += same == len(first)
+        right, total = right + same, total + len(first)
+        differences += [abs(a - b) for a, b in zip(logprobs, entry["logprobs"], strict=True)]
+    mean = float(np.mean(differences))
+    return {
+        "prompts": len(entries),
+        "identical": identical,
+        "tokens": total,
+        "top1": round(right / total, 4),
+        "logprob": round(mean, 4) if np.isfinite(mean) else float("inf"),
+    }
+
+
+def verdict(result: dict[str, Any], tolerance: dict[str, float]) -> str:
+    """What is out of tolerance (``top1`` at least, ``logprob`` at most); empty when nothing is."""
+    found = []
+    if result["top1"] < tolerance["top1"]:
+        found.append(
+            f"{result['top1']:.1%} of golden tokens are ranked first, at least {tolerance['top1']:.0%} should be"
+        )
+    if not result["logprob"] <= tolerance["logprob"]:
+        found.append(
+            f"log-probabilities differ by {result['logprob']:.3f} nats, at most {tolerance['logprob']:g} are expected"
+        )
+    return "; ".join(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Replay the package in this file's folder, or in the folder given; returns an exit code."""
+    parser = argparse.ArgumentParser(
+        description="Does this device compute what was validated? Needs onnxruntime-genai."
+    )
+    parser.add_argument("package", type=Path, nargs="?", default=Path(__file__).parent)
+    parser.add_argument("--cpu", action="store_true", help="on the processor, whatever the package is for")
+    options = parser.parse_args(arguments)
+    try:
+        import onnxruntime_genai as og
+
+        manifest = json.loads((options.package / MANIFEST).read_bytes())
+        entries = read(options.package / GOLDEN)
+        settings = og.Config(str(options.package))
+        threads = {"session_options": {"intra_op_num_threads": os.cpu_count() or 1}}
+        settings.overlay(json.dumps({"model": {"decoder": threads}}))
+        if options.cpu:
+            settings.clear_providers()
+        begin = time.perf_counter()
+        result = replay(og.Model(settings), entries)
+    except Exception as error:  # whatever it is, the reader is told in one line
+        print(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+        print("next: install the runtime that README.md names, on the hardware that it names", file=sys.stderr)
+        return MISSING
+    problem = verdict(result, manifest.get("replay", DEFAULT))
+    print(
+        f"{result['identical']} of {result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} "
+        f"tokens ranked first, log-probabilities within {result['logprob']:.4f} nats on average "
+        f"({time.perf_counter() - begin:.0f} s)"
+    )
+    print(f"FAIL: {problem}" if problem else "PASS: this device computes what was validated")
+    return DIFFERS if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
