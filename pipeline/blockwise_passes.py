@@ -87,10 +87,13 @@ class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
             "calibration_windows": PassConfigParam(
                 type_=int, default_value=16, description="Windows of calibration text to read, 512 tokens each."
             ),
+            "rotate": PassConfigParam(
+                type_=bool, default_value=False, description="Whether the graph is of the rotated checkpoint."
+            ),
         }
 
     def _extra(self, config: Any) -> dict[str, Any]:
-        hessians = Hessians(Path(config.checkpoint), config.calibration_windows)
+        hessians = Hessians(Path(config.checkpoint), config.calibration_windows, config.rotate)
 
         def quantize(path: str, values: Any, scheme: WeightScheme) -> BlockQuantized:
             hessian = hessians.of(path) if scheme.bits == 4 else None

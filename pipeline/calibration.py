@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import reference, texts
+from pipeline import reference, rotation, texts
 from pipeline.errors import StageError
 
 if TYPE_CHECKING:
@@ -37,10 +37,13 @@ class Hessians:
     Args:
         checkpoint: directory of the reference.
         windows: how many windows of `WINDOW_TOKENS` to read, the domains taking turns.
+        rotate: whether the weights are those of the rotated model.
     """
 
-    def __init__(self, checkpoint: Path, windows: int) -> None:
+    def __init__(self, checkpoint: Path, windows: int, rotate: bool = False) -> None:
         loaded = reference.load(checkpoint)
+        if rotate:
+            rotation.rotate(loaded.model)
         context = loaded.model.config.max_position_embeddings
         self._count = len(loaded.model.model.layers)
         self._layers = _walk(loaded.model, _read(loaded.tokenizer, windows, min(WINDOW_TOKENS, context)))

@@ -46,7 +46,7 @@ for {target["title"]} ({target["provider"]}, {target["dtype"]} activations).
 
 ## Check it, then run it
 
-    pip install {manifest["runtime"]["name"]}=={manifest["tools"]["onnxruntime-genai"]}
+    {manifest["runtime"]["install"]}
     sha256sum --check SHA256SUMS
     python replay.py
 

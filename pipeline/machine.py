@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from pipeline.target import CPU, TARGETS, Target
+from pipeline.target import CPU, Target
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,6 @@ def execution(target: Target) -> Execution:
     return Execution(target.provider, _DEVICES.get(target.name, target.title))
 
 
-def runtime_distribution() -> str:
-    """The installed distribution that provides ``onnxruntime_genai``; the plain one when none is installed."""
-    names = dict.fromkeys(target.runtime.package for target in TARGETS.values())
-    return next((name for name in names if name != "onnxruntime-genai" and _installed(name)), "onnxruntime-genai")
-
-
 def _installed(name: str) -> bool:
     try:
         metadata.version(name)
@@ -70,18 +64,18 @@ def _cuda(target: Target) -> str:
     return _needs(target)
 
 
-def _windows(target: Target) -> str:
-    return _needs(target) if sys.platform == "win32" else f"{target.option} runs on Windows only"
+def _directml(target: Target) -> str:
+    return _needs(target) if sys.platform == "win32" else "DirectML runs on Windows only"
 
 
-def _unbundled(target: Target) -> str:
-    return f"the installed onnxruntime-genai has no {target.provider}"
+def _plugin(target: Target) -> str:
+    return f"the execution provider is a plugin that was not tried here: {target.runtime.plugin}"
 
 
 _PROBES: dict[str, Callable[[Target], str]] = {
     "cuda": _cuda,
-    "directml": _windows,
-    "webgpu": _unbundled,
-    "tensorrt-rtx": _windows,
+    "directml": _directml,
+    "webgpu": _plugin,
+    "tensorrt-rtx": _cuda,
 }
 _DEVICES = {"cpu": "the processor"}

@@ -151,7 +151,16 @@ PASSES: dict[str, OlivePass] = {
     "gptq": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseGptqQuantization",
-        ours=("schemes", "accuracy_level", "share_embedding", "form", "progress", "checkpoint", "calibration_windows"),
+        ours=(
+            "schemes",
+            "accuracy_level",
+            "share_embedding",
+            "form",
+            "progress",
+            "checkpoint",
+            "calibration_windows",
+            "rotate",
+        ),
     ),
 }
 

@@ -14,9 +14,14 @@ from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS, file_problem
+from pipeline.target import TARGETS, Target, file_problem
 
 _GB = 1_000_000_000
+# Distributions that provide the same module for other hardware.
+_SAME = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"),
+}
 Fields = Callable[[Loaded], dict[str, Any]]
 
 
@@ -36,10 +41,10 @@ STAGES: tuple[Stage, ...] = (
         "export", 1, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
     ),
     Stage(
-        "quantize", 1, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
+        "quantize", 2, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
-    Stage("validate", 1, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
-    Stage("package", 2, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
+    Stage("validate", 2, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
+    Stage("package", 3, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -101,14 +106,16 @@ def installed(name: str) -> str:
     Raises:
         RuntimeMissing: it is not installed.
     """
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        raise RuntimeMissing(
-            f"{name} is not installed",
-            why="building needs the `build` extra",
-            fix="make .venv, or pip install --constraint constraints.txt '.[build]'",
-        ) from None
+    for distribution in _SAME.get(name, (name,)):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    raise RuntimeMissing(
+        f"{name} is not installed",
+        why="building needs the `build` extra",
+        fix="make .venv, or pip install --constraint constraints.txt '.[build]'",
+    )
 
 
 def shape_of(loaded: Loaded) -> Shape | None:
@@ -137,7 +144,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "dtype": dtype}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form}
+        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm == "gptq" else {})
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
@@ -161,10 +168,22 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "dtype": recipe.export.dtype or target.dtypes[0],
             "shapes": target.shapes,
         },
-        "runtime": {"name": target.runtime.package, "minimum": target.runtime.minimum},
+        "runtime": {
+            "name": target.runtime.package,
+            "minimum": target.runtime.minimum,
+            "install": _install(target),
+        },
         "replay": asdict(target.replay),
         "max_file": target.max_file,
     }
+
+
+def _install(target: Target) -> str:
+    runtime = target.runtime
+    plugin = f" {runtime.plugin}" if runtime.plugin else ""
+    return (
+        runtime.install or f"pip install {runtime.package}=={runtime.newest or installed('onnxruntime-genai')}{plugin}"
+    )
 
 
 def _published(resolved: dict[str, Any]) -> dict[str, Any]:

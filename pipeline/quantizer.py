@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, progress: Progress, form: str = "nbits"
+    source: Path,
+    checkpoint: Path,
+    out_dir: Path,
+    scheme: Scheme,
+    progress: Progress,
+    form: str = "nbits",
+    rotate: bool = False,
 ) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
 
@@ -29,6 +35,7 @@ def quantize(
         checkpoint: directory of the PyTorch reference, which some algorithms calibrate with.
         scheme: how to quantize it.
         form: of the quantized weights, see `graph_weights.quantize_weights`.
+        rotate: whether the graph is of the rotated checkpoint.
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
@@ -43,7 +50,8 @@ def quantize(
     wanted = _wanted(scheme, found)
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error"):
-        errors = _block_wise(source, checkpoint, out_dir, scheme, wanted, form, progress)
+        calibration = {"checkpoint": str(checkpoint), "rotate": rotate}
+        errors = _block_wise(source, calibration, out_dir, scheme, wanted, form, progress)
     else:
         _through_olive(source, out_dir, scheme, wanted, progress)
     after = graph.load(out_dir / "model.onnx")
@@ -134,7 +142,7 @@ def _check_quantized(
 
 def _block_wise(
     source: Path,
-    checkpoint: Path,
+    calibration: Mapping[str, Any],
     out_dir: Path,
     scheme: Scheme,
     wanted: Mapping[str, WeightScheme],
@@ -150,7 +158,7 @@ def _block_wise(
         "progress": progress,
     }
     if scheme.algorithm == "gptq":
-        config |= {"checkpoint": str(checkpoint), "calibration_windows": scheme.calibration_windows}
+        config |= {**calibration, "calibration_windows": scheme.calibration_windows}
     made = olive.run_pass(scheme.algorithm, config, olive.onnx_model(source), out_dir)
     olive.require(out_dir, scheme.algorithm, "model.onnx", "model.onnx.data")
     errors: Mapping[str, float] = made.model_attributes["relative_error"]

@@ -110,12 +110,15 @@ class Export(Frozen):
     Attributes:
         exporter: ``genai`` (Olive's ModelBuilder) or ``optimum`` (Olive with optimum-onnx).
         dtype: of the activations between kernels; the target's first one when left out.
+        rotate: express the residual stream in a basis without outliers first (`pipeline.rotation`): the same function,
+            easier to quantize.
         last_token_head: compute the head for the last token of a prompt only.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
     exporter: Literal["genai", "optimum"] = "genai"
     dtype: Literal["float32", "float16"] | None = None
+    rotate: bool = False
     last_token_head: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
 

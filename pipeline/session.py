@@ -106,15 +106,15 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
             raise RuntimeMissing(
                 f"{package} is for the provider {own}, which is not to be had here",
                 why=why,
-                fix=f"pip install {_wanted_runtime(package)} on a machine with that hardware; "
+                fix=f"on a machine with that hardware: {_install(package)}; "
                 "`--provider cpu` runs the package on the processor, slowly",
             ) from None
         raise PackageError(f"{package} cannot be loaded by onnxruntime-genai", why=why) from None
     return Session(package, model, config, threads, provider or own)
 
 
-def _wanted_runtime(package: Path) -> str:
+def _install(package: Path) -> str:
     try:
-        return str(read_manifest(package).data["runtime"].get("name", "onnxruntime-genai"))
+        return str(read_manifest(package).data["runtime"].get("install", "install the runtime of its provider"))
     except PackageError:
-        return "onnxruntime-genai"
+        return "install the runtime of its provider"

@@ -24,6 +24,8 @@ class Runtime:
         package: distribution to install.
         minimum: oldest version of it that packages were made for.
         platforms: systems that it is published for.
+        plugin: distribution with the execution provider, where that is one of its own.
+        install: what to type, where ``pip install PACKAGE==VERSION`` is not enough.
         newest: last version, where there are no more to come; packages are held to what it loads.
     """
 
@@ -31,6 +33,8 @@ class Runtime:
     minimum: str
     platforms: str
     newest: str = ""
+    plugin: str = ""
+    install: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,13 @@ class Kernels:
     Attributes:
         block_sizes: for each width in bits, the block sizes.
         zero_points: whether blocks may be asymmetric.
-        embedding: whether the embedding may be quantized (``GatherBlockQuantized``).
+        embedding: which quantized embeddings (``GatherBlockQuantized``) there are: ``any``, ``asymmetric`` or none.
         form: ``nbits`` (``MatMulNBits``) or ``qdq`` (``DequantizeLinear`` before ``MatMul``).
     """
 
     block_sizes: Mapping[int, tuple[int, ...]]
     zero_points: bool = True
-    embedding: bool = True
+    embedding: str = "any"
     form: str = "nbits"
 
 
@@ -124,7 +128,9 @@ TARGETS: dict[str, Target] = {
             provider="CUDAExecutionProvider",
             option="cuda",
             dtypes=("float16",),
-            kernels=Kernels({4: _GPU_BLOCKS, 8: _GPU_BLOCKS}),
+            # Blocks of 256 fail when one token is decoded. Without zero points the gather of releases until 2026 took 0
+            # for the middle of the range (onnxruntime issue 31692).
+            kernels=Kernels({4: _GPU_BLOCKS, 8: _GPU_BLOCKS}, embedding="asymmetric"),
             runtime=Runtime("onnxruntime-genai-cuda", "0.14.1", "Linux, Windows"),
             replay=Tolerance(top1=0.9, logprob=0.15),
         ),
@@ -134,12 +140,21 @@ TARGETS: dict[str, Target] = {
             provider="DmlExecutionProvider",
             option="dml",
             dtypes=("float16",),
-            # There is no kernel for a quantized embedding; it would be looked up on the processor, token by token.
-            kernels=Kernels({4: _GPU_BLOCKS}, embedding=False),
-            runtime=Runtime("onnxruntime-genai-directml", "0.14.1", "Windows", newest="0.14.1"),
+            # The runtime captures the whole graph: one node without a kernel, as the gather from quantized rows is, and
+            # the session fails.
+            kernels=Kernels({4: _GPU_BLOCKS, 8: _GPU_BLOCKS}, embedding=""),
+            runtime=Runtime(
+                "onnxruntime-genai-directml",
+                "0.14.1",
+                "Windows",
+                newest="0.14.1",
+                # Its own requirement, onnxruntime-directml >= 1.26, was never published.
+                install="pip install numpy onnxruntime-directml==1.24.4 && "
+                "pip install --no-deps onnxruntime-genai-directml==0.14.1",
+            ),
             replay=Tolerance(top1=0.9, logprob=0.15),
             max_file=4 * _GB,
-            max_opset=21,
+            max_opset=22,
         ),
         Target(
             name="webgpu",
@@ -147,10 +162,10 @@ TARGETS: dict[str, Target] = {
             provider="WebGpuExecutionProvider",
             option="webgpu",
             dtypes=("float16",),
-            kernels=Kernels({4: (32, 64, 128)}),
-            runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS, browsers"),
+            kernels=Kernels({4: (32, 64, 128), 8: (32, 64, 128)}, embedding="asymmetric"),
+            runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS", plugin="onnxruntime-ep-webgpu"),
             replay=Tolerance(top1=0.9, logprob=0.15),
-            max_file=2 * _GB,
+            max_file=2 * _GB,  # of one file in a browser
         ),
         Target(
             name="tensorrt-rtx",
@@ -158,8 +173,10 @@ TARGETS: dict[str, Target] = {
             provider="NvTensorRTRTXExecutionProvider",
             option="NvTensorRtRtx",
             dtypes=("float16",),
-            kernels=Kernels({4: (32, 64, 128)}, zero_points=False, embedding=False, form="qdq"),
-            runtime=Runtime("onnxruntime-genai-winml", "0.14.1", "Windows"),
+            kernels=Kernels({4: (32, 64, 128)}, zero_points=False, embedding="", form="qdq"),
+            runtime=Runtime(
+                "onnxruntime-genai-cuda", "0.14.1", "Linux, Windows", plugin="onnxruntime-ep-nv-tensorrt-rtx"
+            ),
             replay=Tolerance(top1=0.9, logprob=0.15),
         ),
     )
@@ -187,8 +204,16 @@ def problems(target: Target, export: Mapping[str, Any], scheme: Scheme | None) -
         return
     for loc, weight in scheme.weight_schemes():
         yield from (((*("quantize", *loc), key), text) for key, text in _weight_problems(target.name, kernels, weight))
-    if scheme.embedding != "float" and not kernels.embedding:
-        yield ("quantize", "embedding"), f"{target.name} has no kernel that gathers from quantized rows: use `float`"
+    rows = scheme.head or scheme.body if scheme.embedding == "shared" else scheme.embedding
+    if isinstance(rows, WeightScheme):
+        if not kernels.embedding:
+            yield (
+                ("quantize", "embedding"),
+                f"{target.name} has no kernel that gathers from quantized rows: use `float`",
+            )
+        elif kernels.embedding == "asymmetric" and rows.symmetric:
+            text = f"rows without zero points are read wrong by some releases on {target.name}: set `symmetric: false`"
+            yield ("quantize", "embedding"), text
 
 
 # Options of the exporter that only one kind of hardware has: name → the targets that do, and why no other.

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import exporter, graph, graph_weights, olive
+from pipeline import exporter, graph, graph_weights, olive, reference, rotation
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
 
@@ -39,8 +40,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     olive.check_options(spec.exporter, spec.options, "export.options")
     work = out_dir / "export"
     work.mkdir()
-    progress(0.1, f"Olive with {spec.exporter}")
-    exporter.EXPORTERS[spec.exporter](source, work, spec.options, step.fields["provider"], step.fields["dtype"])
+    given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
+    progress(0.3, f"Olive with {spec.exporter}")
+    exporter.EXPORTERS[spec.exporter](given, work, spec.options, step.fields["provider"], step.fields["dtype"])
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
     inputs_before = graph.interface(model)
@@ -51,6 +53,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)
+    shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     for name in SIDECARS:
         if (source / name).is_file():
             shutil.copyfile(source / name, out_dir / name)
@@ -62,3 +65,16 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "operators": graph.operators(model),
         }
     )
+
+
+def _rotated(checkpoint: Path, folder: Path, progress: Progress) -> Path:
+    """The checkpoint in another basis, in ``folder``."""
+    progress(0.05, "rotating the residual stream")
+    loaded = reference.load(checkpoint)
+    try:
+        rotation.rotate(loaded.model)
+    except ValueError as error:
+        raise StageError("the checkpoint cannot be rotated", where="export.rotate", why=str(error)) from None
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder

@@ -24,7 +24,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     if scheme.algorithm in olive.PASSES:
         olive.check_options(scheme.algorithm, scheme.options, "quantize.options")
     source = inputs["export"].path
-    facts = quantizer.quantize(source, inputs["checkpoint"].path, out_dir, scheme, progress, step.fields["form"])
+    form, rotate = step.fields["form"], step.fields["rotate"]
+    facts = quantizer.quantize(source, inputs["checkpoint"].path, out_dir, scheme, progress, form, rotate)
     for path in sorted(source.iterdir()):
         if not path.name.startswith("model.onnx"):
             shutil.copyfile(path, out_dir / path.name)
