@@ -186,10 +186,10 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [("cpu-int4.yaml:3: unknown family `qwen22`; did you mean `qwen2`?", "known: qwen2, qwen3")],
     ),
     "bits without kernels": (
-        f"target: directml\nquantize:\n  body: {{bits: 8}}\n  overrides:\n  - match: x\n    scheme: {SCHEME}",
+        f"target: tensorrt-rtx\nquantize:\n  body: {{bits: 8}}\n  overrides:\n  - match: x\n    scheme: {SCHEME}",
         [
-            ("cpu-int4.yaml:4: 8-bit weights have no kernels on directml", ""),
-            ("cpu-int4.yaml:7: 8-bit weights have no kernels on directml", ""),
+            ("cpu-int4.yaml:4: 8-bit weights have no kernels on tensorrt-rtx", ""),
+            ("cpu-int4.yaml:7: 8-bit weights have no kernels on tensorrt-rtx", ""),
         ],
     ),
     "k_quant and symmetric": (
