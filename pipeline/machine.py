@@ -61,7 +61,7 @@ def _cuda(target: Target) -> str:
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         return "an NVIDIA driver, but no GPU that it can use"
-    return _needs(target)
+    return _needs(target) or (_plugin(target) if target.runtime.plugin else "")
 
 
 def _directml(target: Target) -> str:

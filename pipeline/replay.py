@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GOLDEN = "golden.jsonl"
 MANIFEST = "manifest.json"
 DEFAULT = {"top1": 0.9, "logprob": 0.15}
-# Exit codes, those of qwen-onnx: the device differs; the runtime or its hardware is missing.
+# Exit codes, those of qwen-onnx: the device differs or the package is damaged; the runtime or its hardware is missing.
 DIFFERS, MISSING = 9, 10
 
 
@@ -50,12 +50,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[list[int], list[float]]:
-    """Feed ``tokens`` after ``prompt``.
+def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int], window: int = 1) -> tuple[list[int], list[float]]:
+    """Let the model answer ``tokens`` after ``prompt``.
 
     Args:
         model: an ``onnxruntime_genai.Model``.
         prompt, tokens: ids.
+        window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
 
     Returns:
         before each token, the id that the model ranks first, and the token's log-probability in nats.
@@ -63,23 +64,26 @@ def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[li
     import onnxruntime_genai as og
 
     parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + len(tokens) + 1, do_sample=False)
+    room = -(-len(prompt) // window) * window + len(tokens) + 1
+    parameters.set_search_options(max_length=room, do_sample=False)
     generator = og.Generator(model, parameters)
+    generator.append_tokens(np.asarray(prompt, np.int32))
     first, logprobs = [], []
-    given: Sequence[int] = prompt
     for token in tokens:
-        generator.append_tokens(np.asarray(given, np.int32))
-        row = _last_row(generator)
+        logits = np.asarray(generator.get_logits(), np.float32)
+        row = _last_row(logits)
         first.append(int(row.argmax()))
         logprobs.append(float(row[token] - row.max() - np.log(np.exp(row - row.max()).sum())))
-        given = [token]
+        # Static models take no second append: the token is made the only choice instead.
+        logits[:] = -1e9
+        logits[..., token] = 0.0
+        generator.set_logits(logits)
+        generator.generate_next_token()
     return first, logprobs
 
 
-def _last_row(generator: Any) -> npt.NDArray[np.float64]:
-    logits = np.asarray(generator.get_logits(), np.float64)
-    row: npt.NDArray[np.float64] = logits.reshape(-1, logits.shape[-1])[-1]
-    return row
+def _last_row(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    return logits.reshape(-1, logits.shape[-1])[-1].astype(np.float64)
 
 
 def replay(model: Any, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -130,10 +134,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="on the processor, whatever the package is for")
     options = parser.parse_args(arguments)
     try:
+        tolerance = {**DEFAULT, **json.loads((options.package / MANIFEST).read_bytes()).get("replay", {})}
+        entries = read(options.package / GOLDEN)
+    except Exception as error:  # whatever it is, the reader is told in one line
+        return _failed(error, "fetch the package again: it is damaged", DIFFERS)
+    try:
         import onnxruntime_genai as og
 
-        manifest = json.loads((options.package / MANIFEST).read_bytes())
-        entries = read(options.package / GOLDEN)
         settings = og.Config(str(options.package))
         threads = {"session_options": {"intra_op_num_threads": os.cpu_count() or 1}}
         settings.overlay(json.dumps({"model": {"decoder": threads}}))
@@ -141,11 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings.clear_providers()
         begin = time.perf_counter()
         result = replay(og.Model(settings), entries)
-    except Exception as error:  # whatever it is, the reader is told in one line
-        print(f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
-        print("next: install the runtime that README.md names, on the hardware that it names", file=sys.stderr)
-        return MISSING
-    problem = verdict(result, manifest.get("replay", DEFAULT))
+    except Exception as error:
+        return _failed(error, "install the runtime that README.md names, on the hardware that it names", MISSING)
+    problem = verdict(result, tolerance)
     print(
         f"{result['identical']} of {result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} "
         f"tokens ranked first, log-probabilities within {result['logprob']:.4f} nats on average "
@@ -153,6 +158,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     print(f"FAIL: {problem}" if problem else "PASS: this device computes what was validated")
     return DIFFERS if problem else 0
+
+
+def _failed(error: Exception, fix: str, code: int) -> int:
+    text = str(error).splitlines()[0] if str(error) else ""
+    print(f"error: {type(error).__name__}: {text}\nnext: {fix}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
