@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,15 @@ PASSES: dict[str, OlivePass] = {
         # Olive overwrites the last two with its own `activation_symmetric` and `weight_symmetric`.
         ours=("quant_mode", *_FILES, "ActivationSymmetric", "WeightSymmetric"),
         nested=Nested("extra_options", _dynamic_options),
+    ),
+    "static": OlivePass(
+        "olive.passes.onnx.quantization",
+        "OnnxStaticQuantization",
+        ours=(
+            *("quant_mode", "precision", "activation_type", "per_channel", "quant_preprocess", "prepare_qdq_config"),
+            *("quant_format", "data_config", "calibration_providers", "op_types_to_quantize", "nodes_to_quantize"),
+            *("extra_options", "tensor_quant_overrides", *_FILES),
+        ),
     ),
     "min_error": OlivePass(
         "pipeline.blockwise_passes",
@@ -290,11 +299,38 @@ def hf_model(checkpoint: Path) -> Any:
     return HfModelHandler(str(checkpoint))
 
 
-def onnx_model(folder: Path, attributes: dict[str, Any] | None = None) -> Any:
-    """Olive's handler of ``folder/model.onnx``."""
+def onnx_model(folder: Path, attributes: dict[str, Any] | None = None, name: str = "model.onnx") -> Any:
+    """Olive's handler of a graph in ``folder``."""
     from olive.model import ONNXModelHandler
 
-    return ONNXModelHandler(str(folder), onnx_file_name="model.onnx", model_attributes=attributes)
+    return ONNXModelHandler(str(folder), onnx_file_name=name, model_attributes=attributes)
+
+
+def feeds(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A data configuration that hands ``samples`` (arrays by input name) to a pass that calibrates."""
+    from olive.data.registry import Registry
+
+    class Samples:
+        """Olive takes pairs of input and label."""
+
+        def __len__(self) -> int:
+            return len(samples)
+
+        def __getitem__(self, index: int) -> tuple[Mapping[str, Any], int]:
+            return samples[index], 0
+
+    def make(**_: Any) -> Samples:
+        return Samples()
+
+    Registry.register_dataset("qwen_onnx_calibration")(make)
+    return {
+        "name": "calibration",
+        "type": "DataContainer",
+        "load_dataset_config": {"type": "qwen_onnx_calibration"},
+        "pre_process_data_config": {"type": "skip_pre_process"},
+        "post_process_data_config": {"type": "skip_post_process"},
+        "dataloader_config": {"type": "no_auto_batch_dataloader"},
+    }
 
 
 def require(folder: Path, name: str, *files: str) -> None:

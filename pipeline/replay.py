@@ -83,7 +83,8 @@ def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int], window: int
 
 
 def _last_row(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    return logits.reshape(-1, logits.shape[-1])[-1].astype(np.float64)
+    row: npt.NDArray[np.float64] = logits.reshape(-1, logits.shape[-1])[-1].astype(np.float64)
+    return row
 
 
 def replay(model: Any, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def _whole(value: Any) -> Any:
 # A literal compares by value: without `_whole`, true would pass for 1, and 4.0 for 4.
 Whole = BeforeValidator(_whole)
 Bits = Annotated[Literal[4, 8], Whole]
-BlockSize = Annotated[Literal[16, 32, 64, 128, 256], Whole]
+BlockSize = Annotated[Literal[-1, 16, 32, 64, 128, 256], Whole]
 AccuracyLevel = Annotated[Literal[0, 1, 4], Whole]
 
 
@@ -29,7 +29,10 @@ class Frozen(BaseModel):
 
 
 class WeightScheme(Frozen):
-    """How one weight is stored: integer width, block size along the input channels, zero point or not."""
+    """How one weight is stored: integer width, block size along the input channels, zero point or not.
+
+    Block size -1 is all input channels of an output channel.
+    """
 
     bits: Bits
     block_size: BlockSize
@@ -64,18 +67,19 @@ class Scheme(Frozen):
         algorithm: ``gptq`` and ``min_error`` (this project's Olive passes: rounding errors made up for by what the
             calibration text shows, or least-squares scales alone),
             ``rtn`` and ``k_quant`` (Olive's block-wise passes), ``dynamic`` (Olive's dynamic INT8 pass),
-            or ``none`` (weights stay as exported).
+            ``static`` (Olive's calibrated QDQ pass for NPUs: 16-bit activations), ``w8a8`` (ours for processors:
+            8-bit weights by channel, 8-bit activations by token), or ``none`` (weights stay as exported).
         body: the scheme of all projections that nothing else names.
         head: the scheme of the output head.
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
         overrides: exceptions for single weights.
         exclude: patterns of weights that stay as exported.
-        calibration_windows: windows of 512 tokens of calibration text that ``gptq`` reads.
+        calibration_windows: windows of 512 tokens of calibration text that ``gptq`` and ``static`` read.
         accuracy_level: activations inside MatMulNBits: 0 unset, 1 float32, 4 int8.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    algorithm: Literal["gptq", "min_error", "rtn", "k_quant", "dynamic", "none"]
+    algorithm: Literal["gptq", "min_error", "rtn", "k_quant", "dynamic", "static", "w8a8", "none"]
     body: WeightScheme | None = None
     head: WeightScheme | None = None
     embedding: Embedding = "float"
@@ -88,7 +92,12 @@ class Scheme(Frozen):
     @property
     def block_wise(self) -> bool:
         """Whether weights are quantized block by block, so that weight schemes apply."""
-        return self.algorithm in ("gptq", "min_error", "rtn", "k_quant")
+        return self.algorithm in ("gptq", "min_error", "rtn", "k_quant", "w8a8")
+
+    @property
+    def by_weight(self) -> bool:
+        """Whether each weight has a scheme of its own."""
+        return self.block_wise or self.algorithm == "static"
 
     def of_weight(self, path: str, role: str) -> WeightScheme | None:
         """The scheme of one weight; ``None`` keeps it as exported (or, for a shared embedding, in the head)."""
