@@ -104,6 +104,11 @@ class Artifact:
         return sum(size for size, _ in self.files.values())
 
 
+def graph_files(artifact: Artifact) -> dict[str, str]:
+    """Relative path → sha256 of an artifact's graphs and weights."""
+    return {name: sha256 for name, (_, sha256) in artifact.files.items() if name.endswith((".onnx", ".data", ".bin"))}
+
+
 @dataclass(frozen=True)
 class Result:
     """What a stage returns beside the files it wrote.

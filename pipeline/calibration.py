@@ -71,6 +71,16 @@ class Hessians:
         return self._now[kind]
 
 
+def windows(checkpoint: Path, count: int) -> list[list[int]]:
+    """Token ids of ``count`` windows of calibration text, the domains taking turns."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    context = AutoConfig.from_pretrained(checkpoint, local_files_only=True).max_position_embeddings
+    found: list[list[int]] = _read(tokenizer, count, min(WINDOW_TOKENS, context)).tolist()
+    return found
+
+
 def _read(tokenizer: Any, windows: int, length: int = WINDOW_TOKENS) -> torch.Tensor:
     """Token ids ``[windows, length]``; the text is short, so there may be fewer windows."""
     import torch

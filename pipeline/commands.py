@@ -108,7 +108,7 @@ def _stream(
     took = time.perf_counter() - begin - first
     speed = (count - 1) / took if count > 1 and took > 0 else 0.0
     if as_json:
-        ended = "length" if count == generate.room(opened, prompt, limit) else "eos"
+        ended = "length" if count == generate.room(opened, len(prompt), limit) else "eos"
         facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
         times = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
         print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)

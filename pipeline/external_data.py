@@ -31,10 +31,14 @@ def read_tensor(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
         inline: npt.NDArray[Any] = onnx.numpy_helper.to_array(tensor)
         return inline
     external = {entry.key: entry.value for entry in tensor.external_data}
+    path, offset = folder / external["location"], int(external.get("offset", 0))
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):  # two in a byte: numpy has no such type
+        packed = np.fromfile(path, np.uint8, int(external["length"]), offset=offset)
+        whole = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims, raw_data=packed.tobytes())
+        unpacked: npt.NDArray[Any] = onnx.numpy_helper.to_array(whole)
+        return unpacked
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return np.memmap(
-        folder / external["location"], dtype, "r", offset=int(external.get("offset", 0)), shape=tuple(tensor.dims)
-    )
+    return np.memmap(path, dtype, "r", offset=offset, shape=tuple(tensor.dims))
 
 
 class ExternalDataWriter:
@@ -69,6 +73,8 @@ class ExternalDataWriter:
 
         kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype) if data_type is None else data_type
         tensor = onnx.TensorProto(name=name, data_type=kind, dims=values.shape if dims is None else dims)
+        if kind in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4) and dims is None:
+            values = np.frombuffer(onnx.numpy_helper.from_array(values, name).raw_data, np.uint8)
         if values.nbytes < INLINE_BYTES:
             tensor.raw_data = np.ascontiguousarray(values).tobytes()
             return tensor

@@ -38,7 +38,7 @@ class Sampling:
 
 
 def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
-    """A runtime generator with room for ``length`` tokens in all."""
+    """A runtime generator with room for ``length`` tokens in all, those that fill up a window included."""
     og = sessions.runtime()
     sampling = sampling or Sampling()
     options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
@@ -62,8 +62,8 @@ def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampli
     check_prompt(session, prompt)
     if limit < 1:
         raise UsageError(f"a limit of {limit} tokens is not positive")
-    limit = room(session, prompt, limit)
-    generator = start(session, len(prompt) + limit, sampling)
+    limit = room(session, len(prompt), limit)
+    generator = start(session, session.padded(len(prompt)) + limit, sampling)
     generator.append_tokens(np.asarray(prompt, np.int32))
     for _ in range(limit):
         generator.generate_next_token()
@@ -75,9 +75,9 @@ def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampli
             return
 
 
-def room(session: Session, prompt: Sequence[int], limit: int) -> int:
-    """How many tokens can follow ``prompt``: ``limit``, or fewer where the context ends."""
-    return min(limit, session.context_length - len(prompt))
+def room(session: Session, prompt: int, limit: int) -> int:
+    """How many tokens can follow ``prompt`` tokens: ``limit``, or fewer where the context ends."""
+    return min(limit, session.context_length - session.padded(prompt))
 
 
 def check_prompt(session: Session, prompt: Sequence[int]) -> None:
@@ -90,7 +90,9 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
         raise UsageError("the prompt is empty")
     if min(prompt) < 0 or max(prompt) >= session.vocabulary:
         raise UsageError(f"the prompt has token ids outside [0, {session.vocabulary})")
-    if len(prompt) >= session.context_length:
+    if session.window > 1 and session.config["model"]["pad_token_id"] in prompt:
+        raise UsageError("the prompt has the id that the runtime fills up windows with")
+    if session.padded(len(prompt)) >= session.context_length:
         raise UsageError(
             f"the prompt has {len(prompt)} tokens; the context holds {session.context_length}",
             fix="shorten the prompt, or rebuild with a larger generation.context_length",

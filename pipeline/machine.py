@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,18 +66,31 @@ def _cuda(target: Target) -> str:
     return _needs(target) or (_plugin(target) if target.runtime.plugin else "")
 
 
+def _plugin(target: Target) -> str:
+    plugin = target.runtime.plugin
+    return "" if _installed(plugin.partition("==")[0]) else f"its plugin {plugin} is not installed"
+
+
+def _webgpu(target: Target) -> str:
+    """The plugin takes a software driver only when it is told to; a real GPU is not looked for, that takes seconds."""
+    if os.environ.get("ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER") == "1":
+        return _plugin(target)
+    return "no GPU was looked for; ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1 runs it on a software Vulkan driver"
+
+
 def _directml(target: Target) -> str:
     return _needs(target) if sys.platform == "win32" else "DirectML runs on Windows only"
-
-
-def _plugin(target: Target) -> str:
-    return f"the execution provider is a plugin that was not tried here: {target.runtime.plugin}"
 
 
 _PROBES: dict[str, Callable[[Target], str]] = {
     "cuda": _cuda,
     "directml": _directml,
-    "webgpu": _plugin,
+    "webgpu": _webgpu,
     "tensorrt-rtx": _cuda,
+    "npu": _plugin,
 }
-_DEVICES = {"cpu": "the processor"}
+_DEVICES = {
+    "cpu": "the processor",
+    "webgpu": "a software Vulkan driver",
+    "npu": "HTP emulator" if platform.machine() in ("x86_64", "AMD64") else "HTP",
+}

@@ -21,13 +21,19 @@ _NESTED: dict[str, dict[int, str]] = {
     "TrainingInfo": {1: "Graph", 2: "Graph"},
 }
 _EXTERNAL_DATA, _NAME = 13, 8  # fields of TensorProto
+_ATTRIBUTE_NAME, _ATTRIBUTE_STRING = 1, 4  # fields of AttributeProto
+# Attributes of EPContext nodes that name a file which the execution provider reads.
+_FILE_ATTRIBUTES = {"ep_cache_context"}
 _MAX_DEPTH = 64
 _DIGITS = re.compile(r"-?[0-9]{1,20}")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """External data of one tensor: ``length`` bytes (``None``: to the end) at ``offset`` of the file ``location``."""
+    """External data of one tensor: ``length`` bytes (``None``: to the end) at ``offset`` of the file ``location``.
+
+    A compiled binary that a node names counts as such; ``tensor`` is then the attribute's name.
+    """
 
     tensor: str
     location: str
@@ -51,10 +57,24 @@ def _walk(data: memoryview, message: str, depth: int) -> Iterator[Reference]:
     if message == "Tensor":
         yield from _tensor(data)
         return
+    if message == "Attribute":
+        yield from _file(data)
     for number, value in _fields(data):
         nested = _NESTED[message].get(number)
         if nested and isinstance(value, memoryview):
             yield from _walk(value, nested, depth + 1)
+
+
+def _file(data: memoryview) -> Iterator[Reference]:
+    """The file that an attribute names, if it is of those that do."""
+    name, value = "", ""
+    for number, field in _fields(data):
+        if number == _ATTRIBUTE_NAME and isinstance(field, memoryview):
+            name = bytes(field).decode("utf-8")
+        elif number == _ATTRIBUTE_STRING and isinstance(field, memoryview):
+            value = bytes(field).decode("utf-8", "replace")
+    if name in _FILE_ATTRIBUTES:
+        yield Reference(name, value, 0, None)
 
 
 def _tensor(data: memoryview) -> Iterator[Reference]:

@@ -27,12 +27,16 @@ Fields = Callable[[Loaded], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """What is known of a stage before it runs; raise ``version`` when its code gives other results."""
+    """What is known of a stage before it runs; raise ``version`` when its code gives other results.
+
+    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time.
+    """
 
     name: str
     version: int
     inputs: tuple[str, ...]
     tools: tuple[str, ...]
+    compiled: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -43,8 +47,14 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "quantize", 2, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
-    Stage("validate", 2, ("checkpoint", "quantize"), ("onnxruntime-genai", "torch", "transformers", "tokenizers")),
-    Stage("package", 3, ("checkpoint", "quantize", "validate"), ("onnxruntime-genai",)),
+    Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
+    Stage(
+        "validate",
+        2,
+        ("checkpoint", "quantize", "compile"),
+        ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
+    ),
+    Stage("package", 3, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -78,9 +88,11 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=problem,
             fix="quantize to fewer bits, or choose a smaller model",
         )
-    found = versions or {name: installed(name) for name in sorted({name for stage in STAGES for name in stage.tools})}
+    stages = [stage for stage in STAGES if target.compiled or not stage.compiled]
+    found = versions or {name: installed(name) for name in sorted({name for stage in stages for name in stage.tools})}
     steps: dict[str, Step] = {}
-    for stage in STAGES:
+    for stage in stages:
+        inputs = tuple(name for name in stage.inputs if name in steps)
         fields = _fields(stage.name, loaded)
         tools = {name: found[name] for name in stage.tools}
         if stage.name == "package":
@@ -90,13 +102,13 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "stage": stage.name,
                 "version": stage.version,
                 "fields": fields,
-                "inputs": [steps[name].key for name in stage.inputs],
+                "inputs": [steps[name].key for name in inputs],
                 "tools": tools,
             }
         )
         context = _context(loaded) if stage.name == "checkpoint" else {}
         estimate = _estimate(stage.name, recipe, shape)
-        steps[stage.name] = Step(stage.name, key, fields, stage.inputs, tools, estimate, context)
+        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, estimate, context)
     return list(steps.values())
 
 
@@ -141,16 +153,21 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return _identity(loaded)
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
-        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "dtype": dtype}
+        npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
+        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "dtype": dtype, **npu}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
         fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}
-        return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm == "gptq" else {})
+        return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
+    if stage == "compile":
+        assert recipe.npu is not None  # `recipe` refuses a compiled target without it
+        return {"soc": recipe.npu.soc, "share_weights": recipe.npu.share_weights}
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
-        return {**fields, "text": texts.EVALUATION.sha256, **names, "execution": here}
+        soc = {"soc": recipe.npu.soc} if recipe.npu else {}
+        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here}
     checkpoint = recipe.checkpoint
     return {
         "name": loaded.name,
@@ -167,6 +184,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "provider": target.provider,
             "dtype": recipe.export.dtype or target.dtypes[0],
             "shapes": target.shapes,
+            **({"soc": recipe.npu.soc} if recipe.npu else {}),
         },
         "runtime": {
             "name": target.runtime.package,
@@ -238,6 +256,8 @@ _QUANTIZING = {
     "rtn": (1.6, 20),
     "k_quant": (4.0, 100),
     "dynamic": (4.0, 60),
+    "static": (6.0, 150),
+    "w8a8": (0.0, 14),
 }
 
 
@@ -268,7 +288,11 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
         "quantize": Estimate(
             int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
         ),
-        "validate": Estimate(weights + packed + 6 * window + 2 * _GB, 0, 20 + int(50 * seconds)),
+        "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
+        # An emulated NPU takes minutes for what a processor does in seconds.
+        "validate": Estimate(
+            weights + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)
+        ),
         "package": Estimate(_GB, 2 * packed, 5),
     }
     return table[stage]

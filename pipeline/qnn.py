@@ -12,20 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RuntimeMissing, StageError
-
-PROVIDER = "QNNExecutionProvider"
-
-# `soc_model` of QNN's backend by chip, from onnxruntime-qnn 2.7.0 (QAIRT 2.51); the chip's name as Qualcomm sells it.
-SOCS: dict[str, tuple[int, str]] = {
-    "sm8350": (30, "Snapdragon 888"),
-    "sm8450": (36, "Snapdragon 8 Gen 1"),
-    "sm8550": (43, "Snapdragon 8 Gen 2"),
-    "sm8650": (57, "Snapdragon 8 Gen 3"),
-    "sc8380xp": (60, "Snapdragon X Elite"),
-    "sm8750": (69, "Snapdragon 8 Elite"),
-    "sm8850": (87, "Snapdragon 8 Elite Gen 5"),
-    "sc8480xp": (88, "Snapdragon X2 Elite"),
-}
+from pipeline.target import QNN, SOCS
 
 
 def options(soc: str) -> dict[str, str]:
@@ -35,6 +22,7 @@ def options(soc: str) -> dict[str, str]:
         "soc_model": str(SOCS[soc][0]),
         "htp_performance_mode": "burst",
         "htp_graph_finalization_optimization_mode": "3",
+        "enable_block_quant_weight_optimization": "1",  # 4-bit blocks become the HTP's own, not floats
     }
 
 
@@ -68,9 +56,9 @@ def session(
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    if not any(device.ep_name == PROVIDER for device in onnxruntime.get_ep_devices()):
-        onnxruntime.register_execution_provider_library(PROVIDER, library())
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
+    if not any(device.ep_name == QNN for device in onnxruntime.get_ep_devices()):
+        onnxruntime.register_execution_provider_library(QNN, library())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
     if not devices:
         raise RuntimeMissing("onnxruntime-qnn offers no device here", why="it has neither an NPU nor its emulator")
     settings = onnxruntime.SessionOptions()

@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field, ValidationError
 from pipeline import strict_yaml
 from pipeline import target as targets
 from pipeline.family import FAMILIES
-from pipeline.scheme import Frozen, Scheme
+from pipeline.scheme import Frozen, Scheme, Whole
 from pipeline.strict_yaml import Document, Finding, Loc, nearest
-from pipeline.target import TARGETS
+from pipeline.target import TARGETS, Target
 
 _DIGEST = r"^[0-9a-f]{64}$"
 _COMMIT = r"^[0-9a-f]{40}$"
@@ -108,7 +108,8 @@ class Export(Frozen):
     """How the graph is written.
 
     Attributes:
-        exporter: ``genai`` (Olive's ModelBuilder) or ``optimum`` (Olive with optimum-onnx).
+        exporter: ``genai`` (Olive's ModelBuilder), ``optimum`` (Olive with optimum-onnx), or ``static`` (ours: graphs
+            of fixed shapes for NPUs).
         dtype: of the activations between kernels; the target's first one when left out.
         rotate: express the residual stream in a basis without outliers first (`pipeline.rotation`): the same function,
             easier to quantize.
@@ -116,11 +117,28 @@ class Export(Frozen):
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    exporter: Literal["genai", "optimum"] = "genai"
-    dtype: Literal["float32", "float16"] | None = None
+    exporter: Literal["genai", "optimum", "static"] = "genai"
+    dtype: Literal["float32", "float16", "uint16"] | None = None
     rotate: bool = False
     last_token_head: bool = True
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Npu(Frozen):
+    """What a compiled package is made for.
+
+    Attributes:
+        soc: the chip, a key of `pipeline.target.SOCS`.
+        window: tokens that a prefill call takes.
+        cache: slots of the key-value cache: the context length.
+        share_weights: ship one binary in which prefill and decode share their weights. The emulator cannot load it:
+            what is executed here are two binaries of the same graphs.
+    """
+
+    soc: str
+    window: Annotated[Literal[16, 32, 64, 128], Whole] = 64
+    cache: Annotated[int, Field(ge=128, le=8192)] = 1024
+    share_weights: bool = False
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -145,11 +163,19 @@ class Gates(Frozen):
 
 
 class Validate(Frozen):
-    """What is measured: held-out windows of tokens, and the gates."""
+    """What is measured: held-out windows of tokens, greedy answers, and the gates.
+
+    Attributes:
+        decode_tokens: how many tokens of each window take the decode path; all when left out.
+        greedy_tokens: length of the greedy answers.
+        answers: how many conversations are answered; all when left out.
+    """
 
     windows: Annotated[int, Field(ge=1, le=64)] = 8
     window_tokens: Annotated[int, Field(ge=16, le=2048)] = 256
+    decode_tokens: Annotated[int, Field(ge=1)] | None = None
     greedy_tokens: Annotated[int, Field(ge=1, le=256)] = 32
+    answers: Annotated[int, Field(ge=1)] | None = None
     gates: Gates
 
 
@@ -171,6 +197,7 @@ class Recipe(Frozen):
     checkpoint: Checkpoint
     architecture: Architecture | None = None
     export: Export = Export()
+    npu: Npu | None = None
     quantize: Scheme
     validation: Annotated[Validate, Field(alias="validate")]
     generation: Generation = Generation()
@@ -344,6 +371,7 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     if target:
         export = value.get("export")
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
+        yield from _npu_contradictions(target, value.get("npu"))
     if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
             if source.type == "wheels" or (source.type == "hub" and source.file):
@@ -353,8 +381,20 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
         if family is None:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in family.exporters:
+        elif export and export.exporter not in (*family.exporters, "static"):
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+
+
+def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:
+    if target.compiled and section is None:
+        yield ("target",), f"{target.name} needs `npu`: {{soc: …}}; known: {', '.join(targets.SOCS)}"
+    elif section is not None and not target.compiled:
+        yield ("npu",), f"{target.name} is not compiled for a chip: remove `npu`"
+    elif npu := _typed(Npu, section):
+        if npu.soc not in targets.SOCS:
+            yield ("npu", "soc"), f"unsupported SoC{_choice(npu.soc, list(targets.SOCS))}"
+        if npu.cache % npu.window:
+            yield ("npu", "cache"), f"{npu.cache} slots are no multiple of the window of {npu.window} tokens"
 
 
 def _choice(word: str, known: list[str]) -> str:

@@ -9,11 +9,12 @@ not the rest of the answer.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,39 @@ MANIFEST = "manifest.json"
 DEFAULT = {"top1": 0.9, "logprob": 0.15}
 # Exit codes, those of qwen-onnx: the device differs or the package is damaged; the runtime or its hardware is missing.
 DIFFERS, MISSING = 9, 10
+
+
+# Providers that are plugins of their own: name in the configuration → the provider's name, the module with its library.
+PLUGINS = {
+    "qnn": ("QNNExecutionProvider", "onnxruntime_qnn"),
+    "webgpu": ("WebGpuExecutionProvider", "onnxruntime_ep_webgpu"),
+    "NvTensorRtRtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx"),
+}
+_registered: set[str] = set()
+
+
+def register_plugin(runtime: Any, provider: str) -> None:
+    """Tell ``runtime`` (the module ``onnxruntime_genai``) of a provider's plugin, if there is one and it is installed.
+
+    What is missing shows when a model is loaded.
+    """
+    if provider not in PLUGINS or provider in _registered:
+        return
+    name, module = PLUGINS[provider]
+    try:
+        library = importlib.import_module(module).get_library_path()
+    except ImportError:
+        return
+    runtime.register_execution_provider_library(name, str(library))
+    _registered.add(provider)
+
+
+def provider_of(config: Mapping[str, Any]) -> str:
+    """The first provider that a ``genai_config.json`` asks for, also in stages of a pipeline; else ``cpu``."""
+    decoder = config["model"]["decoder"]
+    parts = [decoder, *(stage for group in decoder.get("pipeline", ()) for stage in group.values())]
+    options = [entry for part in parts for entry in part.get("session_options", {}).get("provider_options", ())]
+    return str(next(iter(options[0]))) if options else "cpu"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -87,8 +121,8 @@ def _last_row(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return row
 
 
-def replay(model: Any, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Run all entries.
+def replay(model: Any, entries: Sequence[dict[str, Any]], window: int = 1) -> dict[str, Any]:
+    """Run all entries; ``window`` as in `scores`.
 
     Returns:
         ``prompts``; ``identical``: prompts whose every token is ranked first, so that a greedy answer is the same;
@@ -97,7 +131,7 @@ def replay(model: Any, entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"])
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window)
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)
@@ -142,13 +176,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import onnxruntime_genai as og
 
+        config = json.loads((options.package / "genai_config.json").read_bytes())
+        if not options.cpu:
+            register_plugin(og, provider_of(config))
+        window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
         settings = og.Config(str(options.package))
-        threads = {"session_options": {"intra_op_num_threads": os.cpu_count() or 1}}
-        settings.overlay(json.dumps({"model": {"decoder": threads}}))
+        session: dict[str, Any] = {"intra_op_num_threads": os.cpu_count() or 1}
+        if options.cpu:  # else ONNX Runtime would round the activations of QDQ products to 8 bits
+            session["session.qdq_matmulnbits_accuracy_level"] = "1"
+        settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         if options.cpu:
             settings.clear_providers()
         begin = time.perf_counter()
-        result = replay(og.Model(settings), entries)
+        result = replay(og.Model(settings), entries, window)
     except Exception as error:
         return _failed(error, "install the runtime that README.md names, on the hardware that it names", MISSING)
     problem = verdict(result, tolerance)

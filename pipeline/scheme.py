@@ -122,15 +122,21 @@ class Scheme(Frozen):
     def problems(self) -> list[tuple[tuple[str | int, ...], str]]:
         """(location in this scheme, reason) of each combination that no pass or kernel can honour."""
         found: list[tuple[tuple[str | int, ...], str]] = []
-        if self.block_wise and self.body is None:
+        if self.by_weight and self.body is None:
             found.append((("body",), f"algorithm {self.algorithm} needs `body`: {{bits, block_size, symmetric}}"))
         if not self.block_wise:
-            for key in ("body", "head", "overrides", "exclude"):
+            for key in ("head", "overrides", "exclude") if self.by_weight else ("body", "head", "overrides", "exclude"):
                 if getattr(self, key):
                     reason = f"algorithm {self.algorithm} does not quantize block by block: remove `{key}`"
                     found.append(((key,), reason))
-            if self.embedding != "float":
+            if self.embedding != "float" and not self.by_weight:
                 found.append((("embedding",), f"algorithm {self.algorithm} leaves the embedding in float"))
+        if self.algorithm == "static" and self.embedding == "shared":
+            found.append((("embedding",), "the head is compiled, and cannot be shared: use `float` or a scheme"))
+        for loc, weight in self.weight_schemes():
+            if weight.block_size == -1 and (self.algorithm not in ("static", "w8a8") or loc != ("body",)):
+                reason = "whole channels (-1) are for the body of static and w8a8: give a block size"
+                found.append(((*loc, "block_size"), reason))
         if self.algorithm == "k_quant":
             for loc, scheme in self.weight_schemes():
                 if scheme.symmetric:

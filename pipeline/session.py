@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_manifest
 from pipeline.errors import PackageError, RuntimeMissing
+from pipeline.replay import provider_of, register_plugin
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class Session:
         """Ids of the tokens that end an answer."""
         eos = self.config["model"]["eos_token_id"]
         return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def window(self) -> int:
+        """Tokens of a prompt that a static model takes at a time; 1 for all others."""
+        return int(self.config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1))
+
+    def padded(self, tokens: int) -> int:
+        """How many tokens of the context a prompt takes: the runtime fills up the last window."""
+        return -(-tokens // self.window) * self.window
 
     @property
     def vocabulary(self) -> int:
@@ -64,12 +73,6 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def own_provider(config: Mapping[str, Any]) -> str:
-    """The provider that a ``genai_config.json`` asks for; ``cpu`` when it names none."""
-    options = config["model"]["decoder"].get("session_options", {}).get("provider_options") or [{"cpu": {}}]
-    return str(next(iter(options[0])))
-
-
 def open_package(package: Path, threads: int | None = None, provider: str = "") -> Session:
     """Load a package.
 
@@ -88,21 +91,27 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
     try:
         config = json.loads((package / "genai_config.json").read_bytes())
         facts = [config["model"][name] for name in ("context_length", "vocab_size", "eos_token_id")]
-        own = own_provider(config)
+        own = provider_of(config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
     if None in facts:
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
+    if provider != "cpu":
+        register_plugin(og, own)
     try:
         settings = og.Config(str(package))
-        overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        options: dict[str, Any] = {"intra_op_num_threads": threads}
+        if provider == "cpu" and own != "cpu":
+            # Else ONNX Runtime would round the activations of QDQ products to 8 bits, which no other provider does.
+            options["session.qdq_matmulnbits_accuracy_level"] = "1"
+        overlay = {"model": {"decoder": {"session_options": options}}}
         settings.overlay(json.dumps(overlay))
         if provider == "cpu":
             settings.clear_providers()
         model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side
         why = str(error).split("\n")[0]
-        if own not in ("cpu", provider):
+        if own != "cpu" and provider != "cpu":
             raise RuntimeMissing(
                 f"{package} is for the provider {own}, which is not to be had here",
                 why=why,

@@ -14,6 +14,20 @@ from pipeline.scheme import Scheme, WeightScheme
 
 Loc = tuple[str | int, ...]
 CPU = "CPUExecutionProvider"
+QNN = "QNNExecutionProvider"
+EMBEDDING = "model.embed_tokens"  # the path of the embedding, as exporters write it
+
+# `soc_model` of QNN's backend by chip, from onnxruntime-qnn 2.7.0 (QAIRT 2.51); the chip's name as Qualcomm sells it.
+SOCS: dict[str, tuple[int, str]] = {
+    "sm8350": (30, "Snapdragon 888"),
+    "sm8450": (36, "Snapdragon 8 Gen 1"),
+    "sm8550": (43, "Snapdragon 8 Gen 2"),
+    "sm8650": (57, "Snapdragon 8 Gen 3"),
+    "sc8380xp": (60, "Snapdragon X Elite"),
+    "sm8750": (69, "Snapdragon 8 Elite"),
+    "sm8850": (87, "Snapdragon 8 Elite Gen 5"),
+    "sc8480xp": (88, "Snapdragon X2 Elite"),
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class Target:
         max_file: largest file that the runtime reads, in bytes; 0 when there is no such limit.
         max_opset: newest opset that ``runtime.newest`` reads.
         algorithms: what quantizes for it.
+        exporters: what writes graphs for it.
+        compiled: whether graphs are compiled ahead of time, for one chip.
         missing: why it cannot be built; empty when it can.
     """
 
@@ -99,6 +115,8 @@ class Target:
     max_file: int = 0
     max_opset: int = 0
     algorithms: tuple[str, ...] = ("gptq", "min_error", "rtn", "k_quant", "none")
+    exporters: tuple[str, ...] = ("genai", "optimum")
+    compiled: bool = False
     missing: str = ""
 
 
@@ -116,11 +134,11 @@ TARGETS: dict[str, Target] = {
             option="",
             # Float16 has no kernels of its own here: it would be computed in float32 with a conversion each way.
             dtypes=("float32",),
-            kernels=Kernels({4: _FINE, 8: _FINE}),
+            kernels=Kernels({4: _FINE, 8: (-1, *_FINE)}),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS"),
             # Processors differ in how they sum and round 8-bit products.
             replay=Tolerance(top1=0.9, logprob=0.15),
-            algorithms=("gptq", "min_error", "rtn", "k_quant", "dynamic", "none"),
+            algorithms=("gptq", "min_error", "rtn", "k_quant", "dynamic", "w8a8", "none"),
         ),
         Target(
             name="cuda",
@@ -174,10 +192,29 @@ TARGETS: dict[str, Target] = {
             option="NvTensorRtRtx",
             dtypes=("float16",),
             kernels=Kernels({4: (32, 64, 128)}, zero_points=False, embedding="", form="qdq"),
+            algorithms=("gptq", "min_error", "none"),  # Olive's passes write no QDQ form
             runtime=Runtime(
                 "onnxruntime-genai-cuda", "0.14.1", "Linux, Windows", plugin="onnxruntime-ep-nv-tensorrt-rtx"
             ),
             replay=Tolerance(top1=0.9, logprob=0.15),
+        ),
+        Target(
+            name="npu",
+            title="NPUs of Qualcomm Snapdragon (HTP)",
+            provider=QNN,
+            option="qnn",
+            dtypes=("uint16",),
+            # One scale per channel, or the HTP's own blocks; the embedding is looked up by the processor.
+            kernels=Kernels({8: (-1, 32), 4: (16, 32, 64)}, embedding="any", form="static"),
+            runtime=Runtime(
+                "onnxruntime-genai", "0.14.1", "Windows on Arm; Linux for the emulator", plugin="onnxruntime-qnn==2.7.0"
+            ),
+            replay=Tolerance(top1=0.8, logprob=0.3),
+            shapes="static",
+            max_file=3 * _GB,  # of one context binary: the NPU addresses 32 bits
+            algorithms=("static",),
+            exporters=("static",),
+            compiled=True,
         ),
     )
 }
@@ -203,8 +240,11 @@ def problems(target: Target, export: Mapping[str, Any], scheme: Scheme | None) -
     if kernels is None:
         return
     for loc, weight in scheme.weight_schemes():
+        if target.compiled and loc == ("embedding",):
+            continue  # it is looked up by the processor
         yield from (((*("quantize", *loc), key), text) for key, text in _weight_problems(target.name, kernels, weight))
-    rows = scheme.head or scheme.body if scheme.embedding == "shared" else scheme.embedding
+    shared = scheme.embedding == "shared"
+    rows = scheme.head or scheme.body if shared else scheme.of_weight(EMBEDDING, "embedding")
     if isinstance(rows, WeightScheme):
         if not kernels.embedding:
             yield (
@@ -241,7 +281,11 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
     if target.max_opset and isinstance(opset, int) and opset > target.max_opset:
         text = f"{target.runtime.package} {target.runtime.newest} reads opsets up to {target.max_opset}"
         yield ("export", "options", "target_opset"), text
-    if export.get("exporter") == "optimum" and "float32" not in target.dtypes:
+    exporter = export.get("exporter", "genai")
+    if exporter not in target.exporters:
+        known = " or ".join(target.exporters)
+        yield ("export", "exporter"), f"{target.name} takes graphs of {known}, {exporter} writes others"
+    elif exporter == "optimum" and "float32" not in target.dtypes:
         yield ("export", "exporter"), f"optimum traces float32 graphs; {target.name} computes in {target.dtypes[0]}"
 
 

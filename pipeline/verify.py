@@ -18,17 +18,30 @@ from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
 # Keys that a genai_config.json may have; every other one is refused. Left out on purpose: `custom_ops_library` and
 # `ep_library_path`, whose values the runtime loads as native code.
-_DECODER = {
-    "session_options": {
-        "log_id": str,
-        "provider_options": [{}],
-        "intra_op_num_threads": int,
-        "inter_op_num_threads": int,
-        "enable_cpu_mem_arena": bool,
-        "enable_mem_pattern": bool,
-        "graph_optimization_level": str,
-    },
+_SESSION = {
+    "log_id": str,
+    "provider_options": [{}],
+    "intra_op_num_threads": int,
+    "inter_op_num_threads": int,
+    "enable_cpu_mem_arena": bool,
+    "enable_mem_pattern": bool,
+    "graph_optimization_level": str,
+    "session.disable_cpu_ep_fallback": str,
+}
+_STAGE = {
     "filename": str,
+    "inputs": [""],
+    "outputs": [""],
+    "run_on_prompt": bool,
+    "run_on_token_gen": bool,
+    "is_lm_head": bool,
+    "session_options": _SESSION,
+}
+_DECODER = {
+    "session_options": _SESSION,
+    "filename": str,
+    "pipeline": [_STAGE],
+    "sliding_window": {"window_size": int, "pad_value": int, "alignment": str, "slide_key_value_cache": bool},
     "head_size": int,
     "hidden_size": int,
     "num_attention_heads": int,
@@ -71,6 +84,10 @@ _PROVIDERS = {
     "dml": (),
     "webgpu": ("enableGraphCapture", "validationMode"),
     "NvTensorRtRtx": ("enable_cuda_graph",),
+    "qnn": (
+        *("backend_type", "soc_model", "htp_performance_mode", "htp_graph_finalization_optimization_mode"),
+        "enable_block_quant_weight_optimization",
+    ),
 }
 _OPTION = re.compile(r"[A-Za-z0-9_-]{0,40}")
 # What callers read of a configuration, so that a file without it is refused here and not a traceback there.
@@ -185,8 +202,7 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
             else:
                 yield f"unknown key `{inner}`"
     elif isinstance(allowed, list):
-        if not isinstance(value, list) or not all(_is_provider(entry) for entry in value):
-            yield f"`{key}` names providers or options that are not known to be safe"
+        yield from _list_problems(value, allowed[0], key)
     elif allowed is dict:
         if not isinstance(value, dict) or not all(_is_name(item) for item in value.values()):
             yield f"`{key}` does not map to names"
@@ -196,6 +212,21 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
         yield f"`{key}` is no list of whole numbers"
     elif key.endswith("filename"):
         yield from _graph_problems(value, key)
+
+
+def _list_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
+    """Of a list of names, of the stages of a pipeline, or of providers."""
+    if not isinstance(value, list):
+        yield f"`{key}` is no list"
+    elif allowed == "":
+        if not all(_is_name(item) for item in value):
+            yield f"`{key}` is no list of names"
+    elif allowed:
+        for group in value:
+            for name, stage in group.items() if isinstance(group, dict) else [("", group)]:
+                yield from _config_problems(stage, allowed, f"{key}.{name}")
+    elif not all(_is_provider(entry) for entry in value):
+        yield f"`{key}` names providers or options that are not known to be safe"
 
 
 def _is_provider(entry: Any) -> bool:
@@ -315,7 +346,7 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
             generate.check_prompt(opened, [*entry["prompt"], *entry["tokens"]])
     except UsageError as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
-    result = transcript.replay(opened.model, entries)
+    result = transcript.replay(opened.model, entries, opened.window)
     tolerance = {**transcript.DEFAULT, **read_manifest(package).data.get("replay", {})}
     if problem := transcript.verdict(result, tolerance):
         raise PackageError(

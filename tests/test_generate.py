@@ -140,7 +140,7 @@ def test_an_answer_ends_at_its_limit_or_with_the_context(session: Session) -> No
     assert len(list(generate.stream(endless, [5, 17], 1))) == 1
     with pytest.raises(UsageError, match="limit of 0"):
         list(generate.stream(session, [5, 17], 0))
-    assert generate.room(session, [1] * (session.context_length - 3), 10) == 3
+    assert generate.room(session, session.context_length - 3, 10) == 3
     assert len(list(generate.stream(session, [5] * (session.context_length - 3), 10))) <= 3
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.artifact import Artifact, Progress, Result, Step
-from pipeline.stages import checkpoint, export, package, quantize, validate
+from pipeline.stages import checkpoint, compile, export, package, quantize, validate  # noqa: A004 - a stage
 
 
 class Stage(Protocol):
@@ -25,6 +25,7 @@ STAGES: dict[str, Stage] = {
     "checkpoint": checkpoint.run,
     "export": export.run,
     "quantize": quantize.run,
+    "compile": compile.run,
     "validate": validate.run,
     "package": package.run,
 }

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import exporter, graph, graph_weights, olive, reference, rotation
+from pipeline import (
+    exporter,
+    graph,
+    graph_weights,
+    olive,
+    reference,
+    rotation,
+    static_decoder,
+    static_export,
+)
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
+from pipeline.reference import Reference
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
 SIDECARS = (
@@ -37,6 +48,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
     source = inputs["checkpoint"].path
+    if spec.exporter == "static":
+        return _static(step, source, out_dir, spec.rotate, progress)
     olive.check_options(spec.exporter, spec.options, "export.options")
     work = out_dir / "export"
     work.mkdir()
@@ -54,9 +67,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
-    for name in SIDECARS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out_dir / name)
+    _copy_sidecars(source, out_dir)
     return Result(
         {
             "exporter": spec.exporter,
@@ -67,14 +78,38 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     )
 
 
-def _rotated(checkpoint: Path, folder: Path, progress: Progress) -> Path:
-    """The checkpoint in another basis, in ``folder``."""
-    progress(0.05, "rotating the residual stream")
-    loaded = reference.load(checkpoint)
+def _copy_sidecars(source: Path, out_dir: Path) -> None:
+    for name in SIDECARS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out_dir / name)
+
+
+def _static(step: Step, source: Path, out_dir: Path, rotate: bool, progress: Progress) -> Result:
+    """The stages of a static decoder, in place of one graph."""
+    progress(0.05, "loading the checkpoint")
+    loaded = reference.load(source)
+    if rotate:
+        _rotate(loaded, progress)
+    progress(0.4, "writing the stages")
+    config = static_export.export(loaded, out_dir, step.fields["window"], step.fields["cache"])
+    (out_dir / "genai_config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
+    _copy_sidecars(source, out_dir)
+    operators = graph.operators(graph.load(out_dir / "prefill.onnx"))
+    return Result({"exporter": "static", "opset": static_decoder.OPSET, "operators": operators})
+
+
+def _rotate(loaded: Reference, progress: Progress) -> None:
+    progress(0.1, "rotating the residual stream")
     try:
         rotation.rotate(loaded.model)
     except ValueError as error:
         raise StageError("the checkpoint cannot be rotated", where="export.rotate", why=str(error)) from None
+
+
+def _rotated(checkpoint: Path, folder: Path, progress: Progress) -> Path:
+    """The checkpoint in another basis, in ``folder``."""
+    loaded = reference.load(checkpoint)
+    _rotate(loaded, progress)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return folder

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import card, digest, replay, verify
-from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, SCHEMA_VERSION, VALIDATION, Artifact, Progress, Result, Step
+from pipeline.artifact import (
+    CHECKSUMS,
+    GOLDEN,
+    MANIFEST,
+    SCHEMA_VERSION,
+    VALIDATION,
+    Artifact,
+    Progress,
+    Result,
+    Step,
+    graph_files,
+)
 from pipeline.errors import StageError
 
 _LICENSES = Path(__file__).parent.parent / "data"
@@ -22,21 +33,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         StageError: the validation is of another model, or the licence text is missing.
         PackageError: the package fails its own verification.
     """
-    model, checkpoint, validated = (inputs[name] for name in ("quantize", "checkpoint", "validate"))
+    model, checkpoint, validated = inputs.get("compile", inputs["quantize"]), inputs["checkpoint"], inputs["validate"]
     validation = json.loads((validated.path / VALIDATION).read_bytes())
-    weights = {name: sha256 for name, (_, sha256) in model.files.items() if name.startswith("model.onnx")}
-    if not validation["passed"] or validation["candidate"]["files"] != weights:
+    if not validation["passed"] or validation["candidate"]["files"] != graph_files(model):
         raise StageError("the model to be packaged is not the one that passed validation")
-    for index, name in enumerate(sorted(model.files)):
-        progress(0.8 * index / len(model.files), name)
-        shutil.copyfile(model.path / name, out_dir / name)
+    shipped = _shipped(model)
+    for index, (name, path) in enumerate(sorted(shipped.items())):
+        progress(0.8 * index / len(shipped), name)
+        shutil.copyfile(path, out_dir / name)
     for name in (VALIDATION, GOLDEN):
         shutil.copyfile(validated.path / name, out_dir / name)
     shutil.copyfile(Path(replay.__file__), out_dir / "replay.py")
     _write_config(out_dir / "genai_config.json", step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
     manifest = _describe(step, inputs, validation["candidate"])
-    size = sum(path.stat().st_size for path in out_dir.glob("*.data"))
+    size = sum(path.stat().st_size for path in out_dir.iterdir() if path.suffix in (".data", ".bin"))
     (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
     own = _own_text(checkpoint.path, "NOTICE")
     original = own.read_text(encoding="utf-8", errors="replace") if own else ""
@@ -51,6 +62,17 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
     verify.package(out_dir)
     return Result({"name": step.fields["name"], "weights": size, "files": len(files) + 2})
+
+
+def _shipped(model: Artifact) -> dict[str, Path]:
+    """What goes into the package, by name: binaries that share their weights replace those that do not."""
+    files = {name: model.path / name for name in model.files if "/" not in name}
+    shared = [model.path / name for name in model.files if name.startswith("shared/")]
+    if shared:
+        for path in shared:
+            files.pop(f"{path.stem}_qnn.bin", None)
+        files |= {path.name: path for path in shared}
+    return files
 
 
 def _write_config(path: Path, generation: Mapping[str, Any]) -> None:

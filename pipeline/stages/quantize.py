@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import olive, quantizer
+from pipeline import calibration, olive, quantizer, static_quantizer
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.scheme import Scheme
@@ -25,9 +25,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         olive.check_options(scheme.algorithm, scheme.options, "quantize.options")
     source = inputs["export"].path
     form, rotate = step.fields["form"], step.fields["rotate"]
-    facts = quantizer.quantize(source, inputs["checkpoint"].path, out_dir, scheme, progress, form, rotate)
+    checkpoint = inputs["checkpoint"].path
+    if scheme.algorithm == "static":
+        windows = calibration.windows(checkpoint, scheme.calibration_windows)
+        facts = static_quantizer.quantize(source, out_dir, scheme, windows, progress)
+    else:
+        facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate)
     for path in sorted(source.iterdir()):
-        if not path.name.startswith("model.onnx"):
+        if path.suffix not in (".onnx", ".data"):
             shutil.copyfile(path, out_dir / path.name)
     if not (out_dir / "genai_config.json").is_file():
         raise StageError("genai_config.json is missing after quantization")

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, parity, reference, replay, texts
+from pipeline import generate, graph, metrics, npu_agreement, parity, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.agreement import Tally
-from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step
+from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
 from pipeline.errors import GateError, StageError
 from pipeline.recipe import Gates, Validate
 from pipeline.reference import Reference
 from pipeline.session import Session
+from pipeline.texts import Conversation
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,7 +47,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Validate.model_validate(
         {key: step.fields[key] for key in Validate.model_fields if key in step.fields}, strict=False
     )
-    package = inputs["quantize"].path
+    model = inputs.get("compile", inputs["quantize"])
+    package = model.path
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
     execution = step.fields["execution"]
@@ -61,9 +63,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "runtime": f"torch {step.tools['torch']}",
         },
         "candidate": {
-            "files": {
-                name: sha256 for name, (_, sha256) in inputs["quantize"].files.items() if name.startswith("model.onnx")
-            },
+            "files": graph_files(model),
             "runtime": f"onnxruntime-genai {step.tools['onnxruntime-genai']}",
             "target": step.fields["target"],
             "provider": step.fields["provider"],
@@ -75,15 +75,19 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     }
     scratch = out_dir.parent / "twin"
     try:
-        report |= _agreement(torch_model, session, _whole_prompt_twin(package, scratch), windows, progress)
+        if "compile" in inputs:
+            report |= _compiled_agreement(torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress)
+        else:
+            report |= _agreement(torch_model, session, _whole_prompt_twin(package, scratch), windows, progress)
     except ValueError as error:
         report["finite"] = False
         report["failure"] = str(error)
     else:
         report["finite"] = True
     shutil.rmtree(scratch, ignore_errors=True)
-    progress(0.85, "greedy answers")
-    report |= _answers(torch_model, session, spec.greedy_tokens, out_dir)
+    progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
+    conversations = texts.CONVERSATIONS[: spec.answers]
+    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
     progress(0.95, "tokenizer and chat template")
     report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
     report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
@@ -162,20 +166,44 @@ def _agreement(
     } | {"last_token_prefill_error": round(last_token_error, 6)}
 
 
+def _compiled_agreement(
+    torch_model: Reference,
+    inputs: Mapping[str, Artifact],
+    soc: str,
+    spec: Validate,
+    windows: Sequence[Window],
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same figures of a compiled package, executed stage by stage."""
+    return npu_agreement.measure(
+        torch_model,
+        inputs["compile"].path,
+        inputs["quantize"].path,
+        soc,
+        [(window.domain, window.ids) for window in windows],
+        spec.decode_tokens or spec.window_tokens // 2,
+        scratch,
+        lambda part, what: progress(0.05 + 0.6 * part, what),
+    )
+
+
 def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
     return float(np.abs(left - right).max())
 
 
-def _answers(torch_model: Reference, session: Session, limit: int, out_dir: Path) -> dict[str, Any]:
+def _answers(
+    torch_model: Reference, session: Session, conversations: Sequence[Conversation], limit: int, out_dir: Path
+) -> dict[str, Any]:
     """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
     answers, golden = [], []
-    for conversation in texts.CONVERSATIONS:
+    for conversation in conversations:
         tools = [dict(tool) for tool in conversation.tools] or None
         prompt = torch_model.tokenizer.apply_chat_template(
             [dict(message) for message in conversation.messages], tools=tools, add_generation_prompt=True, tokenize=True
         )
         wanted, ended = torch_model.greedy(prompt, limit)
-        longer = list(generate.stream(session, prompt, _RUNAWAY * limit))
+        longer = list(generate.stream(session, prompt, _RUNAWAY * limit if ended else limit))
         found = longer[: len(wanted)] if not ended else longer
         answers.append(
             {
@@ -183,12 +211,12 @@ def _answers(torch_model: Reference, session: Session, limit: int, out_dir: Path
                 "agreement": round(metrics.greedy_agreement(wanted, found[: max(len(wanted), 1)]), 4),
                 "first_divergence": metrics.first_divergence(wanted, found),
                 "reference_ended": ended,
-                "ended": len(longer) < generate.room(session, prompt, _RUNAWAY * limit),
+                "ended": len(longer) < generate.room(session, len(prompt), _RUNAWAY * limit if ended else limit),
                 "reference": torch_model.tokenizer.decode(wanted),
                 "answer": torch_model.tokenizer.decode(found),
             }
         )
-        _, logprobs = replay.scores(session.model, prompt, longer[:limit])
+        _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window)
         entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
         golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
