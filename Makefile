@@ -10,7 +10,7 @@ PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml npu test test-all lint recipes verify serve bench clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu cuda-runtime targets test test-all lint recipes verify serve bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -22,9 +22,19 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
-cuda directml npu: ## say what is missing to build for that hardware
-cpu cuda directml npu: $(READY)
+cuda directml webgpu: ## the same for GPUs; without one it is validated on the processor, and says so
+tensorrt-rtx: ## the same for RTX GPUs
+npu: ## the same for Qualcomm NPUs, 8-bit weights, validated in the emulator: half an hour
+npu: SCHEME := int8
+cpu cuda directml webgpu tensorrt-rtx npu: $(READY)
 	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
+
+targets: $(READY) ## what each target is, and what this machine can do for it
+	@$(QWEN) targets
+
+cuda-runtime: $(READY) ## on a machine with an NVIDIA GPU: let `make cuda` validate on it
+	@$(BIN)/python -m pip uninstall --quiet --yes onnxruntime onnxruntime-genai
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxruntime-gpu==1.31.1 onnxruntime-genai-cuda==0.14.1
 
 test: $(READY) ## all tests but those on the real checkpoint
 	@$(BIN)/python -m pytest -m 'not real'

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RuntimeMissing, StageError
+from pipeline.replay import chatter_aside
 from pipeline.target import QNN, SOCS
 
 
@@ -68,7 +69,8 @@ def session(
         settings.add_session_config_entry(key, value)
     settings.add_provider_for_devices(devices[:1], dict(provider_options))
     try:
-        return onnxruntime.InferenceSession(str(model), settings)
+        with chatter_aside():
+            return onnxruntime.InferenceSession(str(model), settings)
     except Exception as error:  # the binding has several classes of its own
         raise StageError(f"{model.name} cannot run on the NPU as a whole", why=str(error).split("\n")[0]) from error
 

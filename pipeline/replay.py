@@ -9,12 +9,14 @@ not the rest of the answer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,34 @@ def register_plugin(runtime: Any, provider: str) -> None:
         return
     runtime.register_execution_provider_library(name, str(library))
     _registered.add(provider)
+
+
+def unrunnable(package: Path, config: Mapping[str, Any], provider: str = "") -> str:
+    """Why a package must not be loaded here; empty when it may.
+
+    Two graphs in one binary make the emulator of onnxruntime-qnn 2.7.0 end the process.
+    """
+    if provider_of(config) != "qnn":
+        return ""
+    if provider == "cpu":
+        return "its graphs are compiled for an NPU: no other provider reads them"
+    split = all((package / f"{name}_qnn.bin").is_file() for name in ("prefill", "decode"))
+    if not split and platform.machine() in ("x86_64", "AMD64"):
+        return "its prefill and decode share one binary, which the emulator cannot load; an NPU can"
+    return ""
+
+
+@contextlib.contextmanager
+def chatter_aside() -> Iterator[None]:
+    """Send to standard error what native libraries print to standard output while they load."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def provider_of(config: Mapping[str, Any]) -> str:
@@ -177,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import onnxruntime_genai as og
 
         config = json.loads((options.package / "genai_config.json").read_bytes())
+        if problem := unrunnable(options.package, config, "cpu" if options.cpu else ""):
+            raise RuntimeError(problem)
         if not options.cpu:
             register_plugin(og, provider_of(config))
         window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
@@ -188,7 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.cpu:
             settings.clear_providers()
         begin = time.perf_counter()
-        result = replay(og.Model(settings), entries, window)
+        with chatter_aside():
+            model = og.Model(settings)
+        result = replay(model, entries, window)
     except Exception as error:
         return _failed(error, "install the runtime that README.md names, on the hardware that it names", MISSING)
     problem = verdict(result, tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -133,10 +134,7 @@ class Scheme(Frozen):
                 found.append((("embedding",), f"algorithm {self.algorithm} leaves the embedding in float"))
         if self.algorithm == "static" and self.embedding == "shared":
             found.append((("embedding",), "the head is compiled, and cannot be shared: use `float` or a scheme"))
-        for loc, weight in self.weight_schemes():
-            if weight.block_size == -1 and (self.algorithm not in ("static", "w8a8") or loc != ("body",)):
-                reason = "whole channels (-1) are for the body of static and w8a8: give a block size"
-                found.append(((*loc, "block_size"), reason))
+        found += self._whole_channels()
         if self.algorithm == "k_quant":
             for loc, scheme in self.weight_schemes():
                 if scheme.symmetric:
@@ -147,3 +145,8 @@ class Scheme(Frozen):
         if self.options and self.algorithm in ("gptq", "min_error", "none"):
             found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found
+
+    def _whole_channels(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        for loc, weight in self.weight_schemes():
+            if weight.block_size == -1 and (self.algorithm not in ("static", "w8a8") or loc != ("body",)):
+                yield (*loc, "block_size"), "whole channels (-1) are for the body of static and w8a8: give a block size"

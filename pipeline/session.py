@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.artifact import read_manifest
 from pipeline.errors import PackageError, RuntimeMissing
-from pipeline.replay import provider_of, register_plugin
+from pipeline.replay import chatter_aside, provider_of, register_plugin, unrunnable
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
     if None in facts:
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
+    if problem := unrunnable(package, config, provider):
+        raise RuntimeMissing(f"{package} cannot be run here", why=problem, fix="run it on the chip it is compiled for")
     if provider != "cpu":
         register_plugin(og, own)
     try:
@@ -108,7 +110,8 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         settings.overlay(json.dumps(overlay))
         if provider == "cpu":
             settings.clear_providers()
-        model = og.Model(settings)
+        with chatter_aside():
+            model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side
         why = str(error).split("\n")[0]
         if own != "cpu" and provider != "cpu":

@@ -205,7 +205,7 @@ TARGETS: dict[str, Target] = {
             option="qnn",
             dtypes=("uint16",),
             # One scale per channel, or the HTP's own blocks; the embedding is looked up by the processor.
-            kernels=Kernels({8: (-1, 32), 4: (16, 32, 64)}, embedding="any", form="static"),
+            kernels=Kernels({4: (16, 32, 64), 8: (-1,)}, zero_points=False, embedding="any", form="static"),
             runtime=Runtime(
                 "onnxruntime-genai", "0.14.1", "Windows on Arm; Linux for the emulator", plugin="onnxruntime-qnn==2.7.0"
             ),

@@ -39,7 +39,7 @@ def test_sampling_is_checked(options: dict[str, Any], text: str) -> None:
         Sampling(True, **options)
 
 
-CONFIG = {"model": {"context_length": 8, "vocab_size": 16, "eos_token_id": 3}}
+CONFIG = {"model": {"context_length": 8, "vocab_size": 16, "eos_token_id": 3, "decoder": {}}}
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pipeline.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = recipe.find(ROOT / "recipes")
-STAGES = [stage.name for stage in plan.STAGES]
-VERSIONS = {name: "1" for stage in plan.STAGES for name in stage.tools}
+STAGES = [stage.name for stage in plan.STAGES if not stage.compiled]
+VERSIONS = {name: "1" for stage in plan.STAGES if not stage.compiled for name in stage.tools}
 
 
 def test_there_are_recipes_for_every_target() -> None:
@@ -25,12 +25,13 @@ def test_every_recipe_plans_without_weights_or_says_what_is_missing(path: Path) 
     loaded = recipe.load(path)
     missing = TARGETS[loaded.recipe.target].missing
     if missing:
-        with pytest.raises(RecipeError, match="cannot be built yet") as caught:
+        with pytest.raises(RecipeError, match="cannot be built") as caught:
             plan.make(loaded)
         assert missing in str(caught.value)
         return
     steps = plan.make(loaded)
-    assert [step.stage for step in steps] == STAGES
+    compiled = TARGETS[loaded.recipe.target].compiled
+    assert [step.stage for step in steps] == [stage.name for stage in plan.STAGES if compiled or not stage.compiled]
     assert all(step.estimate.memory > 0 and step.estimate.seconds > 0 for step in steps)
 
 

@@ -459,9 +459,19 @@ quantize:
 validate:
   windows: 1
   window_tokens: 16
+  decode_tokens: 8
   greedy_tokens: 1
+  answers: 1
   gates: {{p99_kl: 1, greedy: 0.5}}
 generation: {{context_length: 64, do_sample: true, temperature: 1, top_p: 1, top_k: 1}}
+"""
+
+COMPILED = """\
+extends: _base.yaml
+target: npu
+export: {exporter: static}
+npu: {soc: sc8380xp, window: 32, cache: 256, share_weights: true}
+quantize: {algorithm: static, body: {bits: 8, block_size: -1}}
 """
 
 
@@ -491,9 +501,11 @@ def test_the_json_schema_knows_every_key_that_loads_and_no_other(tmp_path: Path)
     schema = recipe.json_schema()
     path = write(tmp_path, EVERYTHING)
     resolved = recipe.load(path).resolved
-    unset = {name for name in schema["properties"] if name not in resolved}
+    compiled = recipe.load(write(tmp_path, COMPILED, "npu-int8.yaml")).resolved
+    unset = {name for name in schema["properties"] if name not in {**resolved, **compiled}}
     assert unset == {"extends"}
-    used = set(re.findall(r"(\w+):", EVERYTHING + BASE))
+    assert accepts(schema, compiled, schema["$defs"])
+    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED))
     named = {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]}
     assert named <= used
     assert accepts(schema, resolved, schema["$defs"])

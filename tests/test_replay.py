@@ -99,7 +99,7 @@ def test_figures_are_over_all_tokens_and_a_broken_device_is_infinitely_far(monke
     answers = iter([([3, 9, 5], [-1.0, -1.4, -1.0]), ([6], [-1.0])])
     monkeypatch.setattr(replay, "scores", lambda *_: next(answers))
     assert replay.replay(None, entries) == {"prompts": 2, "identical": 1, "tokens": 4, "top1": 0.75, "logprob": 0.1}
-    monkeypatch.setattr(replay, "scores", lambda _, __, tokens: (list(tokens), [math.nan] * len(tokens)))
+    monkeypatch.setattr(replay, "scores", lambda _, __, tokens, ___: (list(tokens), [math.nan] * len(tokens)))
     found = replay.replay(None, entries)
     assert found["logprob"] == math.inf
     assert replay.verdict(found, TOLERANCE)

@@ -253,7 +253,7 @@ def test_every_recipe_on_every_target_plans_or_is_refused_for_the_target(path: P
         findings = error.what.replace(str(derived), "").splitlines()[1:] or [error.what]
         refused_for = [name in finding for finding in findings]
     if not said:
-        assert [step.stage for step in steps] == [stage.name for stage in plan.STAGES]
+        assert [step.stage for step in steps] == [s.name for s in plan.STAGES if row.compiled or not s.compiled]
         assert steps[-1].fields["target"]["provider"] == row.provider
         return
     assert all(refused_for)
@@ -323,7 +323,7 @@ def test_the_table_is_sound() -> None:
         assert row.runtime.package
         assert bool(row.max_opset) <= bool(row.runtime.newest)  # the limit is that version's
         if row.kernels:
-            assert row.kernels.form in ("nbits", "qdq")
+            assert row.kernels.form in ("nbits", "qdq", "static")
             assert row.kernels.embedding in ("any", "asymmetric", "")
             assert all(sizes and list(sizes) == sorted(sizes) for sizes in row.kernels.block_sizes.values())
     assert {recipe.load(path).recipe.target for path in RECIPES} == set(TARGETS)
