@@ -9,7 +9,7 @@ from typing import Any
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from pipeline import blockwise, gptq, graph, graph_weights, olive
+from pipeline import blockwise, gptq, graph, graph_weights, olive, w8a8
 from pipeline.blockwise import BlockQuantized
 from pipeline.calibration import Hessians
 from pipeline.external_data import ExternalDataWriter
@@ -38,6 +38,11 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
                 default_value=False,
                 description="Gather from the quantized head instead of storing the embedding.",
             ),
+            "integer": PassConfigParam(
+                type_=list[str],
+                default_value=[],
+                description="Paths of the weights that are multiplied in integers (pipeline.w8a8).",
+            ),
             "form": PassConfigParam(
                 type_=str, default_value="nbits", description="nbits (MatMulNBits) or qdq (DequantizeLinear, MatMul)."
             ),
@@ -54,6 +59,9 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
         extra = self._extra(config)
         edited = graph.load(source)
         with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
+            kept, integer_errors = w8a8.quantize_projections(
+                edited, source.parent, writer, config.integer, config.progress
+            )
             errors = graph_weights.quantize_weights(
                 edited,
                 source.parent,
@@ -63,10 +71,11 @@ class BlockWiseMinErrorQuantization(Pass):  # type: ignore[misc]
                 share_embedding=config.share_embedding,
                 form=config.form,
                 progress=config.progress,
+                kept=kept,
                 **extra,
             )
         onnx.save(edited, str(out_dir / "model.onnx"))
-        return olive.onnx_model(out_dir, {"relative_error": errors})
+        return olive.onnx_model(out_dir, {"relative_error": integer_errors | errors})
 
     def _extra(self, config: Any) -> dict[str, Any]:  # noqa: ARG002
         """More arguments of `graph_weights.quantize_weights`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.replay import PLUGINS
+
 
 def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: int) -> str:
     """The model card (Markdown with the metadata block that model hubs read).
@@ -30,6 +32,10 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
     executed = f"{target['validated_on']} ({target['validated_device']})"
     if target["validated_on"] != target["provider"]:
         executed += f", **not on {target['provider']}**: run `replay.py` on the device"
+    plugin = ""
+    if found := PLUGINS.get(target["option"]):
+        name, module = found
+        plugin = f'import {module}\n\nog.register_execution_provider_library("{name}", {module}.get_library_path())'
     return f"""---
 base_model: {source["base_model"]}
 license: {source["license"].lower()}
@@ -53,7 +59,7 @@ for {target["title"]} ({target["provider"]}, {target["dtype"]} activations).
 ```python
 import json
 import onnxruntime_genai as og
-
+{plugin}
 model = og.Model(".")  # this directory
 tokenizer = og.Tokenizer(model)
 messages = json.dumps([{{"role": "user", "content": "Write a haiku about ONNX."}}])
@@ -92,7 +98,7 @@ KL divergence is in nats a token.
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
 difference. `validation.json` has every figure, gate and answer.
 
-## Limits
+{_npu(validation, manifest) if "npu" in validation else ""}## Limits
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
@@ -108,6 +114,30 @@ for the texts they were measured on; measure on your own before you depend on th
 | needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
+"""
+
+
+def _npu(validation: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """What is known of compiled graphs."""
+    facts, npu = validation["npu"], manifest["recipe"]["npu"]
+    nodes = "; ".join(
+        f"{stage}: {', '.join(f'{count} on {provider}' for provider, count in counts.items())}"
+        for stage, counts in facts["placement"].items()
+    )
+    shared = ""
+    if npu.get("share_weights"):
+        shared = """
+Prefill and decode share one binary here. The emulator cannot load such a binary: what was executed are two binaries of the
+same graphs. Run `replay.py` on the device before you depend on it.
+"""
+    return f"""## On the NPU
+
+Compiled for {facts["soc"]} by onnxruntime-qnn, and executed with fallback to the processor disabled ({nodes}). The logits differ by at
+most {facts["largest_difference"]:g} from those of the same graphs on the processor (the largest logit is {facts["largest_logit"]:g}; mean KL {facts["mean_kl"]:g}).
+{shared}
+A prompt is filled up to whole windows of {npu.get("window", 64)} tokens, which count towards the context length. Use a new generator for each
+request: a pipeline neither rewinds nor takes a second prompt. Token id {facts["pad"]} must not be in a prompt.
+
 """
 
 
@@ -127,7 +157,9 @@ def _scheme(quantize: Mapping[str, Any]) -> str:
     body = quantize.get("body")
     if not body:
         return {"none": "float weights", "dynamic": "INT8 weights and activations (dynamic)"}[quantize["algorithm"]]
-    words = f"INT{body['bits']} weights in blocks of {body['block_size']} ({quantize['algorithm']})"
+    blocks = "by channel" if body["block_size"] == -1 else f"in blocks of {body['block_size']}"
+    words = f"INT{body['bits']} weights {blocks} ({quantize['algorithm']})"
+    words += {"static": ", 16-bit activations", "w8a8": ", 8-bit activations"}.get(quantize["algorithm"], "")
     head = quantize.get("head")
     if head and head != body:
         words += f", INT{head['bits']} head"

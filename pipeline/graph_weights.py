@@ -36,6 +36,7 @@ def quantize_weights(
         values, scheme.bits, scheme.block_size, scheme.symmetric
     ),
     progress: Progress | None = None,
+    kept: Mapping[str, onnx.TensorProto] | None = None,
 ) -> dict[str, float]:
     """Replace MatMul and Gather weights by block-quantized ones, and move all others to ``writer``.
 
@@ -47,6 +48,7 @@ def quantize_weights(
         form: ``nbits`` (``MatMulNBits``) or ``qdq`` (``DequantizeLinear`` before ``MatMul``: 4 bits, symmetric).
         quantize: given a path, its values ``[N, K]`` and its scheme, the quantized weight.
         progress: called after each weight, with its path.
+        kept: initializers that ``writer`` has written before.
 
     Returns:
         For each quantized path its relative squared error.
@@ -59,7 +61,7 @@ def quantize_weights(
     head = next((weight for weight in todo if weight.role == "head"), None)
     embedding = next((weight for weight in todo if weight.role == "embedding"), None)
     shared = _shareable(head, embedding, schemes) if share_embedding else None
-    written: dict[str, onnx.TensorProto] = {}
+    written: dict[str, onnx.TensorProto] = dict(kept or {})
     errors: dict[str, float] = {}
     dequantizers: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
     for done, weight in enumerate(todo):

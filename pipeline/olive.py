@@ -94,6 +94,8 @@ _FILES = (
     "size_threshold",
 )
 
+_OUR_PASS = ("schemes", "accuracy_level", "share_embedding", "form", "integer", "progress")
+
 PASSES: dict[str, OlivePass] = {
     "genai": OlivePass(
         "olive.passes.onnx.model_builder",
@@ -155,8 +157,9 @@ PASSES: dict[str, OlivePass] = {
     "min_error": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseMinErrorQuantization",
-        ours=("schemes", "accuracy_level", "share_embedding", "form", "progress"),
+        ours=_OUR_PASS,
     ),
+    "w8a8": OlivePass("pipeline.blockwise_passes", "BlockWiseMinErrorQuantization", ours=_OUR_PASS),
     "gptq": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseGptqQuantization",
@@ -177,6 +180,7 @@ PASSES: dict[str, OlivePass] = {
 _FIXED: dict[str, dict[str, Any]] = {
     "genai": {"precision": "fp32"},
     "min_error": {"schemes": {}},
+    "w8a8": {"schemes": {}},
     "gptq": {"schemes": {}, "checkpoint": ""},
 }
 

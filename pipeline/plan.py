@@ -182,6 +182,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "name": target.name,
             "title": target.title,
             "provider": target.provider,
+            "option": target.option,
             "dtype": recipe.export.dtype or target.dtypes[0],
             "shapes": target.shapes,
             **({"soc": recipe.npu.soc} if recipe.npu else {}),

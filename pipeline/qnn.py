@@ -13,7 +13,9 @@ from typing import Any
 
 from pipeline.errors import RuntimeMissing, StageError
 from pipeline.replay import chatter_aside
-from pipeline.target import QNN, SOCS
+from pipeline.target import QNN, SOCS, TARGETS
+
+_INSTALL = f"pip install {TARGETS['npu'].runtime.plugin}"
 
 
 def options(soc: str) -> dict[str, str]:
@@ -36,9 +38,7 @@ def library() -> str:
     try:
         import onnxruntime_qnn
     except ImportError as error:
-        raise RuntimeMissing(
-            "onnxruntime-qnn cannot be loaded", why=str(error), fix="pip install onnxruntime-qnn==2.7.0"
-        ) from None
+        raise RuntimeMissing("onnxruntime-qnn cannot be loaded", why=str(error), fix=_INSTALL) from None
     return str(onnxruntime_qnn.get_library_path())
 
 
@@ -58,7 +58,14 @@ def session(
     import onnxruntime
 
     if not any(device.ep_name == QNN for device in onnxruntime.get_ep_devices()):
-        onnxruntime.register_execution_provider_library(QNN, library())
+        plugin = library()
+        try:
+            onnxruntime.register_execution_provider_library(QNN, plugin)
+        except Exception as error:  # the binding has several classes of its own
+            why = str(error).split("\n")[0]
+            raise RuntimeMissing(
+                "onnxruntime-qnn does not fit the installed onnxruntime", why=why, fix=_INSTALL
+            ) from None
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == QNN]
     if not devices:
         raise RuntimeMissing("onnxruntime-qnn offers no device here", why="it has neither an NPU nor its emulator")

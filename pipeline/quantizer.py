@@ -49,7 +49,7 @@ def quantize(
     found = graph.weights(before)
     wanted = _wanted(scheme, found)
     errors: Mapping[str, float] = {}
-    if scheme.algorithm in ("gptq", "min_error"):
+    if scheme.algorithm in ("gptq", "min_error", "w8a8"):
         calibration = {"checkpoint": str(checkpoint), "rotate": rotate}
         errors = _block_wise(source, calibration, out_dir, scheme, wanted, form, progress)
     else:
@@ -71,6 +71,8 @@ def quantize(
 
 
 def _label(given: WeightScheme) -> str:
+    if given.block_size == -1:
+        return f"{given.bits}-bit by channel"
     return f"{given.bits}-bit/{given.block_size}{'' if given.symmetric else ' asymmetric'}"
 
 
@@ -121,7 +123,9 @@ def _check_quantized(
     operators: Mapping[str, int],
 ) -> None:
     """Compare the graph, weight by weight, with what was asked for."""
-    expected = dict(wanted)
+    expected = {path: given for path, given in wanted.items() if given.block_size != -1}
+    if (products := operators.get("DynamicQuantizeMatMul", 0)) != len(wanted) - len(expected):
+        raise StageError(f"{products} weights are multiplied in integers, not {len(wanted) - len(expected)}")
     if scheme.block_wise and scheme.embedding == "shared":
         role = {weight.role: weight.path for weight in found}
         expected[role["embedding"]] = expected[role["head"]]
@@ -151,7 +155,8 @@ def _block_wise(
 ) -> Mapping[str, float]:
     """Our own passes; returns the relative squared error of each weight."""
     config: dict[str, Any] = {
-        "schemes": {path: given.model_dump() for path, given in wanted.items()},
+        "schemes": {path: given.model_dump() for path, given in wanted.items() if given.block_size != -1},
+        "integer": [path for path, given in wanted.items() if given.block_size == -1],
         "accuracy_level": scheme.accuracy_level,
         "share_embedding": scheme.embedding == "shared",
         "form": form,

@@ -142,7 +142,7 @@ class Scheme(Frozen):
                     found.append(((*loc, "symmetric"), reason))
             if isinstance(self.embedding, WeightScheme):
                 found.append((("embedding",), "Olive's k_quant pass has no embedding: use `shared` or `float`"))
-        if self.options and self.algorithm in ("gptq", "min_error", "none"):
+        if self.options and self.algorithm in ("gptq", "min_error", "w8a8", "none"):
             found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found
 
@@ -150,3 +150,7 @@ class Scheme(Frozen):
         for loc, weight in self.weight_schemes():
             if weight.block_size == -1 and (self.algorithm not in ("static", "w8a8") or loc != ("body",)):
                 yield (*loc, "block_size"), "whole channels (-1) are for the body of static and w8a8: give a block size"
+            elif weight.block_size == -1 and not weight.symmetric:
+                yield (*loc, "symmetric"), "whole channels have no zero point: set `symmetric: true`"
+        if self.algorithm == "w8a8" and self.body and self.body.block_size != -1:
+            yield ("body", "block_size"), "w8a8 has one scale a channel: set `block_size: -1`"

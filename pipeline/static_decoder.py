@@ -73,6 +73,8 @@ def sizes_of(model: Any, window: int, cache: int) -> Sizes:
         raise ValueError("a layer has sliding-window attention")
     if (config.rope_scaling or {}).get("rope_type", "default") != "default":
         raise ValueError(f"rotary embeddings are scaled: {config.rope_scaling}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"the activation is {config.hidden_act}")
     return Sizes(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -260,7 +262,8 @@ def _layer(
     mixed = g.node("Reshape", [mixed, g.ints(1, s.heads, -1, s.head_dim)], f"{here}.mixed_heads")
     mixed = g.node("Transpose", [mixed], f"{here}.mixed_t", perm=[0, 2, 1, 3])
     mixed = g.node("Reshape", [mixed, g.ints(1, -1, s.heads * s.head_dim)], f"{here}.mixed_rows")
-    mixed = _linear(g, mixed, weights[f"{there}.self_attn.o_proj.weight"], None, f"{here}.o")
+    weight, bias = weights[f"{there}.self_attn.o_proj.weight"], weights.get(f"{there}.self_attn.o_proj.bias")
+    mixed = _linear(g, mixed, weight, bias, f"{here}.o")
     x = g.node("Add", [x, mixed], f"{here}.after_attn")
     normed = _norm(g, s, x, weights[f"{there}.post_attention_layernorm.weight"], f"{here}.mlp_norm")
     gate, up = (

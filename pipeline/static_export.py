@@ -37,6 +37,12 @@ def export(loaded: Reference, out_dir: Path, window: int, cache: int) -> dict[st
         sizes = static_decoder.sizes_of(loaded.model, window, cache)
     except ValueError as error:
         raise StageError("no static graphs can be written of this checkpoint", why=str(error)) from None
+    if loaded.tokenizer.convert_ids_to_tokens(sizes.pad) is not None:
+        raise StageError(
+            "no static graphs can be written of this checkpoint",
+            why=f"the vocabulary's last id, {sizes.pad}, is a token; windows are filled up with one that no text has",
+            fix="add a row to the embedding and the head",
+        )
     weights = {name: values.numpy() for name, values in loaded.model.state_dict().items()}
     with ExternalDataWriter(out_dir / "front.data") as writer:
         front = static_decoder.front(sizes, weights["model.embed_tokens.weight"], writer)

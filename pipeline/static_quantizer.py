@@ -6,6 +6,7 @@ cache's tensors get one scale, so that they pass through the graph's edges as in
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.artifact import Progress
     from pipeline.static_session import Feed
 
-# Calls of prefill that are kept for calibration; each holds a whole cache.
+# Most calls of prefill that are kept for calibration; each holds a whole cache.
 _MAX_CALLS = 48
 # HTP stores a block's scale as its channel's largest divided by 16, times a whole number up to 16.
 _SCALE_STEPS = 16
@@ -85,17 +86,22 @@ def quantize(
 
 
 def _calibration(source: Path, texts: Sequence[Sequence[int]]) -> tuple[list[Feed], npt.NDArray[np.float32]]:
-    """What the layers and the head are fed while the float stages read ``texts``."""
-    calls: list[Feed] = []
-
-    def watch(name: str, feed: Feed) -> None:
-        if name == "prefill" and len(calls) < _MAX_CALLS:
-            calls.append({key: np.array(value) for key, value in feed.items()})
-
+    """What the layers and the head are fed while the float stages read ``texts``, as far as the cache goes."""
     names = ("front", "prefill", "update")
     sessions = {name: static_session.on_processor(source / f"{name}.onnx") for name in names}
-    shape = sessions["prefill"].get_inputs()[0].shape
-    stages = static_session.Stages(sessions, window=shape[1], pad=0, watch=watch)
+    shapes = {entry.name: entry.shape for entry in sessions["prefill"].get_inputs()}
+    window, slots = shapes["embeds"][1], shapes["past_key_values.0.key"][2]
+    texts = [ids[:slots] for ids in texts]
+    total = sum(-(-len(ids) // window) for ids in texts)
+    chosen = set(np.random.default_rng(0).permutation(total)[:_MAX_CALLS].tolist())  # of all texts, early and late
+    calls: list[Feed] = []
+    seen = itertools.count()
+
+    def watch(name: str, feed: Feed) -> None:
+        if name == "prefill" and next(seen) in chosen:
+            calls.append({key: np.array(value) for key, value in feed.items()})
+
+    stages = static_session.Stages(sessions, window=window, pad=0, watch=watch)
     rows = [stages.prefill(ids)[0] for ids in texts]
     every = np.concatenate(rows)
     return calls, every[:: max(1, len(every) // 256)]
@@ -188,6 +194,12 @@ def _block_weights(model: onnx.ModelProto, source: Path, scheme: WeightScheme) -
         name = node.input[0].removesuffix("_quantized")
         if node.op_type != "DequantizeLinear" or not name.endswith(".weight") or len(floats[name].dims) != 4:
             continue
+        if floats[name].dims[1] % scheme.block_size:
+            raise StageError(
+                f"{name} has {floats[name].dims[1]} input channels, no multiple of blocks of {scheme.block_size}",
+                where="quantize.body.block_size",
+                fix="choose a smaller block_size",
+            )
         codes, scales = blocks(np.asarray(read_tensor(floats[name], source)), scheme.block_size)
         for key, values in zip(
             node.input, (codes.astype(ml_dtypes.int4), scales, np.zeros(scales.shape, ml_dtypes.int4)), strict=True
