@@ -46,18 +46,22 @@ def artifact(stage: str, path: Path, facts: Mapping[str, Any] | None = None) -> 
     return Artifact(stage, "0" * 64, "0" * 64, path, {}, facts or {})
 
 
-def run_export(checkpoint: Path, out_dir: Path, name: str, options: Mapping[str, Any] | None = None) -> Artifact:
+def run_export(
+    checkpoint: Path, out_dir: Path, name: str, options: Mapping[str, Any] | None = None, rotate: bool = False
+) -> Artifact:
     from pipeline.stages import export
 
     fields = {
         "exporter": name,
+        "dtype": "float32",
+        "rotate": rotate,
         "last_token_head": True,
         "options": options or {},
         "provider": "CPUExecutionProvider",
     }
     out_dir.mkdir(exist_ok=True)
     result = export.run(step("export", fields), {"checkpoint": artifact("checkpoint", checkpoint)}, out_dir, quiet)
-    return artifact("export", out_dir, {**result.facts, "from": checkpoint})
+    return artifact("export", out_dir, {**result.facts, "from": checkpoint, "rotate": rotate})
 
 
 def run_quantize(exported: Artifact, out_dir: Path, progress: Progress = quiet, **fields: Any) -> Artifact:
@@ -66,7 +70,8 @@ def run_quantize(exported: Artifact, out_dir: Path, progress: Progress = quiet, 
     scheme = Scheme.model_validate_json(json.dumps(fields))
     assert not scheme.problems()
     out_dir.mkdir(exist_ok=True)
-    given = step("quantize", {**scheme.model_dump(mode="json"), "target": "cpu"})
+    made_of = {"form": "nbits", "rotate": exported.facts.get("rotate", False)}
+    given = step("quantize", {**scheme.model_dump(mode="json"), **made_of})
     inputs = {"export": exported, "checkpoint": artifact("checkpoint", exported.facts["from"])}
     return artifact("quantize", out_dir, quantize.run(given, inputs, out_dir, progress).facts)
 
