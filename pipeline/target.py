@@ -216,6 +216,18 @@ TARGETS: dict[str, Target] = {
             exporters=("static",),
             compiled=True,
         ),
+        Target(
+            name="vitisai",
+            title="NPUs of AMD Ryzen AI",
+            provider="VitisAIExecutionProvider",
+            option="VitisAI",
+            dtypes=("float32",),
+            kernels=Kernels({4: (32, 128)}),
+            runtime=Runtime("onnxruntime-genai-ryzenai", "1.4", "Windows"),
+            replay=Tolerance(top1=0.8, logprob=0.3),
+            missing="the model generator of Ryzen AI, which writes graphs for this provider, and the provider itself "
+            "come with AMD's installer only; the package index has neither",
+        ),
     )
 }
 
