@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_manifest
-from pipeline.errors import StageError, UsageError, from_dict
+from pipeline.errors import ERRORS, QwenOnnxError, StageError, UsageError, from_dict
 from pipeline.store import Store
 
 _DECODED = 64
@@ -44,6 +44,8 @@ def measure(package: Path, prompt_tokens: int, threads: int | None) -> Run:
     begin = time.perf_counter()
     opened = session.open_package(package, threads)
     loaded = time.perf_counter() - begin
+    if opened.window > 1:
+        raise UsageError(f"{package} is compiled for an NPU", why="an emulator's speed says nothing of the chip's")
     random = np.random.default_rng(0)
     prompt, decoded = (
         random.integers(100, min(opened.vocabulary, 100_000), count).tolist() for count in (prompt_tokens, _DECODED)
@@ -72,7 +74,8 @@ def compare(packages: Mapping[str, Path], rounds: int, prompt_tokens: int, threa
 
     Raises:
         StageError: a run failed.
-        UsageError: the prompt does not fit a package.
+        UsageError: the prompt does not fit a package, or its speed here would say nothing.
+        RuntimeMissing: a package's provider is not to be had here.
     """
     runs: dict[str, list[Run]] = {name: [] for name in packages}
     for _ in range(rounds):
@@ -80,7 +83,7 @@ def compare(packages: Mapping[str, Path], rounds: int, prompt_tokens: int, threa
             job = json.dumps({"package": str(path), "prompt_tokens": prompt_tokens, "threads": threads})
             command = [sys.executable, "-m", "pipeline.bench", job]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == UsageError.exit_code:
+            if done.returncode in {kind.exit_code for kind in ERRORS.values()}:
                 raise from_dict(json.loads(done.stdout.splitlines()[-1]))
             if done.returncode:
                 raise StageError(f"{path} could not be timed", why=done.stderr.strip().split("\n")[-1])
@@ -132,6 +135,6 @@ if __name__ == "__main__":
     _job = json.loads(sys.argv[1])
     try:
         print(json.dumps(asdict(measure(Path(_job["package"]), _job["prompt_tokens"], _job["threads"]))))
-    except UsageError as _error:
+    except QwenOnnxError as _error:
         print(json.dumps(_error.as_dict()))
         sys.exit(_error.exit_code)

@@ -233,7 +233,7 @@ def targets(found: Sequence[tuple[Target, Execution]]) -> str:
                 target.name,
                 target.provider,
                 "/".join(target.dtypes),
-                "/".join([*weights, *("FP16" for dtype in target.dtypes if dtype == "float16")]),
+                "/".join([*weights, *_other_schemes(target)]),
                 target.shapes,
                 f"{target.runtime.package} {newest}",
                 "no" if target.missing else "yes",
@@ -248,6 +248,10 @@ def targets(found: Sequence[tuple[Target, Execution]]) -> str:
         if target.missing or execution.missing
     ]
     return table(rows, header) + "\n\nwhy not on their own provider here:\n" + table(reasons, ("TARGET", "REASON"))
+
+
+def _other_schemes(target: Target) -> list[str]:
+    return ["W8A8"] * ("w8a8" in target.algorithms) + ["FP16"] * ("float16" in target.dtypes)
 
 
 def package(folder: Path) -> str:

@@ -42,14 +42,22 @@ def _build(recipe: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "megabytes", "mean_kl", "top1"), [("int4", 430, 0.06, 0.87), ("int8", 800, 0.005, 0.97)]
+    ("recipe", "megabytes", "mean_kl", "top1"),
+    [
+        ("cpu-int4", 430, 0.06, 0.87),
+        ("cpu-int8", 800, 0.005, 0.97),
+        ("cpu-w8a8", 560, 0.02, 0.93),
+        ("cuda-int4", 600, 0.06, 0.86),
+    ],
 )
-def test_packages_keep_their_promises(scheme: str, megabytes: int, mean_kl: float, top1: float) -> None:
-    built = _build(f"recipes/{MODEL}/cpu-{scheme}.yaml")
+def test_packages_keep_their_promises(recipe: str, megabytes: int, mean_kl: float, top1: float) -> None:
+    built = _build(f"recipes/{MODEL}/{recipe}.yaml")
     assert built["weights"] <= megabytes * MEGABYTE
     for path in ("prefill", "decode"):
         assert built[path]["mean_kl"] <= mean_kl
         assert built[path]["top1"] >= top1
+    candidate = built["candidate"]
+    assert (candidate["executed_on"] == candidate["provider"]) is not bool(candidate["not_executed_on_target"])
     assert built["tokenizer"]["served"] == built["chat_template"]["served"] == []
 
 

@@ -119,7 +119,12 @@ def _describe(step: Step, inputs: Mapping[str, Artifact], executed: Mapping[str,
         "steps": {name: {"key": artifact.key, "digest": artifact.digest} for name, artifact in inputs.items()}
         | {"package": {"key": step.key}},
         "tools": fields["tools"],
-        "target": {**fields["target"], "validated_on": executed["executed_on"], "validated_device": executed["device"]},
+        "target": {
+            **fields["target"],
+            "validated_on": executed["executed_on"],
+            "validated_device": executed["device"],
+            "not_validated_on_target": executed["not_executed_on_target"],
+        },
         "runtime": fields["runtime"],
         "replay": fields["replay"],
     }
