@@ -8,9 +8,10 @@ SCHEME ?= int4
 PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
+OPENVINO := .venv-openvino
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu cuda-runtime targets test test-all lint recipes verify serve bench clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) cuda-runtime targets test test-all lint recipes verify serve bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -21,12 +22,23 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,dev]'
 	@touch $@
 
+$(OPENVINO): $(OPENVINO)/ready
+$(OPENVINO)/ready: pipeline/data/constraints-openvino.txt
+	@rm -rf $(OPENVINO) && $(PYTHON) -m venv $(OPENVINO)
+	@echo "installing OpenVINO's tools into $(OPENVINO) (once, 2 GB)"
+	@$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< olive-ai onnx openvino nncf optimum-intel
+	@# Required by optimum-intel, not used for text, and unloadable beside a torch that was built for processors alone.
+	@$(OPENVINO)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
 cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
 cuda directml webgpu: ## the same for GPUs; without one it is validated on the processor, and says so
 tensorrt-rtx: ## the same for RTX GPUs
 npu: ## the same for Qualcomm NPUs, 8-bit weights, validated in the emulator: half an hour
 npu: SCHEME := int8
-cpu cuda directml webgpu tensorrt-rtx npu: $(READY)
+openvino: ## the same for Intel NPUs, validated on OpenVINO's device for processors
+openvino: $(if $(QWEN_ONNX_OPENVINO),,$(OPENVINO))
+cpu cuda directml webgpu tensorrt-rtx npu openvino: $(READY)
 	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
 
 targets: $(READY) ## what each target is, and what this machine can do for it

@@ -106,7 +106,8 @@ class Artifact:
 
 def graph_files(artifact: Artifact) -> dict[str, str]:
     """Relative path → sha256 of an artifact's graphs and weights."""
-    return {name: sha256 for name, (_, sha256) in artifact.files.items() if name.endswith((".onnx", ".data", ".bin"))}
+    endings = (".onnx", ".data", ".bin", ".xml")
+    return {name: sha256 for name, (_, sha256) in artifact.files.items() if name.endswith(endings)}
 
 
 @dataclass(frozen=True)

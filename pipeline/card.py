@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.machine import elsewhere
 from pipeline.replay import PLUGINS
 
 
@@ -30,8 +31,8 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
         for name, figures in validation["decode"]["domains"].items()
     )
     executed = f"{target['validated_on']} ({target['validated_device']})"
-    if target["validated_on"] != target["provider"]:
-        executed += f", **not on {target['provider']}**: run `replay.py` on the device"
+    if own := elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"]):
+        executed += f", **not on {own}**: run `replay.py` on the device"
     plugin = ""
     if found := PLUGINS.get(target["option"]):
         name, module = found
@@ -98,7 +99,7 @@ KL divergence is in nats a token.
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
 difference. `validation.json` has every figure, gate and answer.
 
-{_npu(validation, manifest) if "npu" in validation else ""}## Limits
+{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
@@ -141,6 +142,20 @@ request: a pipeline neither rewinds nor takes a second prompt. Token id {facts["
 """
 
 
+def _openvino(target: Mapping[str, Any]) -> str:
+    """What is particular to packages for Intel's NPU; nothing for others."""
+    if target["option"] != "OpenVINO":
+        return ""
+    return """## On the NPU
+
+`model.onnx` hands everything to OpenVINO, which compiles `model.xml` for the NPU when the model is loaded; nothing falls back to
+the processor. Set `device_type` in `genai_config.json` to `CPU` or `GPU` to run it there, or `replay.py --cpu` to check it on the
+processor. The key-value cache belongs to the model, not to the generator: let one generator end before the next begins, and
+serve one conversation at a time.
+
+"""
+
+
 def notice(manifest: Mapping[str, Any], original: str = "") -> str:
     """Whose work this is, what was changed, and the notices that came along (section 4 of the Apache License)."""
     source = manifest["source"]
@@ -160,6 +175,8 @@ def _scheme(quantize: Mapping[str, Any]) -> str:
     blocks = "by channel" if body["block_size"] == -1 else f"in blocks of {body['block_size']}"
     words = f"INT{body['bits']} weights {blocks} ({quantize['algorithm']})"
     words += {"static": ", 16-bit activations", "w8a8": ", 8-bit activations"}.get(quantize["algorithm"], "")
+    if quantize["algorithm"] == "nncf" and "compress_config" in quantize.get("options", {}):
+        words += ", INT8 for those that lose most"
     head = quantize.get("head")
     if head and head != body:
         words += f", INT{head['bits']} head"

@@ -68,16 +68,17 @@ def build(options: argparse.Namespace) -> int:
 
 def _answer(folder: Path, prompt: str) -> None:
     """Let a package that was just built and verified answer a prompt, where it was validated."""
-    from pipeline import chat
+    from pipeline import chat, machine
     from pipeline.artifact import read_manifest
 
     target = read_manifest(folder).data["target"]
-    elsewhere = target["validated_on"] != target["provider"]
+    elsewhere = machine.elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"])
     print(f"\n> {prompt}\n")
     asked = chat.load(folder).encode_chat([{"role": "user", "content": prompt}])
     _stream(folder, asked, 160, provider="cpu" if elsewhere else "")
     if elsewhere:
-        print(f"(answered by {target['validated_on']}: {target['provider']} is not to be had here)", file=sys.stderr)
+        device = f"{target['validated_on']} ({target['validated_device']})"
+        print(f"(answered by {device}, not on {elsewhere})", file=sys.stderr)
 
 
 def _stream(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import graph, olive
+from pipeline import graph, olive, openvino
 from pipeline.family import read_shape
 from pipeline.target import CPU
 
@@ -60,11 +60,33 @@ def export_optimum(
     olive.run_pass("optimum", config, olive.hf_model(checkpoint), out_dir)
     olive.require(out_dir, "optimum", "model.onnx")
     inputs, _ = graph.interface(graph.load(out_dir / "model.onnx"))
-    settings = json.loads((checkpoint / "config.json").read_bytes())
-    generation_path = checkpoint / "generation_config.json"
-    generation = json.loads(generation_path.read_bytes()) if generation_path.is_file() else {}
-    text = json.dumps(_genai_config(settings, generation, inputs), indent=4)
-    (out_dir / "genai_config.json").write_text(text, encoding="utf-8")
+    _write_config(out_dir, _genai_config(*_settings(checkpoint), inputs))
+
+
+def export_openvino(checkpoint: Path, out_dir: Path) -> None:
+    """Write ``model.xml`` and ``model.bin`` (float32) with Olive, ``model.onnx`` and ``genai_config.json`` around them.
+
+    Raises:
+        RuntimeMissing: there is no environment for OpenVINO.
+        StageError: Olive's pass failed, or left something out.
+        CheckpointError: config.json is not of a supported family.
+    """
+    openvino.convert(checkpoint, out_dir)
+    config = _genai_config(*_settings(checkpoint), openvino.INPUTS)
+    openvino.wrap(out_dir, config["model"]["vocab_size"])
+    config["model"]["decoder"] |= openvino.DECODER
+    _write_config(out_dir, config)
+
+
+def _settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of ``config.json`` and of ``generation_config.json``, if there is one."""
+    path = checkpoint / "generation_config.json"
+    generation = json.loads(path.read_bytes()) if path.is_file() else {}
+    return json.loads((checkpoint / "config.json").read_bytes()), generation
+
+
+def _write_config(out_dir: Path, config: Mapping[str, Any]) -> None:
+    (out_dir / "genai_config.json").write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 Exporter = Callable[[Path, Path, Mapping[str, Any], str, str], None]

@@ -20,7 +20,7 @@ class Execution:
     Attributes:
         provider: the execution provider that runs them; empty when none can.
         device: what the provider computes on, in words.
-        missing: what the target's own provider lacks here; empty when it is the one that runs.
+        missing: what the target's own provider or its device lacks here; empty when those are what runs.
     """
 
     provider: str
@@ -32,9 +32,16 @@ class Execution:
         return f"{self.provider} ({self.device})"
 
 
+def elsewhere(provider: str, executed_on: str, missing: str) -> str:
+    """What a result was not got on: the provider, or the NPU where the provider has another device; mostly empty."""
+    return (provider if executed_on != provider else "the NPU") if missing else ""
+
+
 def execution(target: Target) -> Execution:
     """How packages of ``target`` run here; cheap, nothing heavy is imported."""
     missing = _PROBES[target.name](target) if target.name in _PROBES else ""
+    if target.name == "openvino":  # no other provider reads its graphs, and its own has a device for processors
+        return Execution("", "nothing", missing) if missing else _OPENVINO
     if missing:
         return Execution(CPU, "the processor", missing)
     return Execution(target.provider, _DEVICES.get(target.name, target.title))
@@ -88,7 +95,13 @@ _PROBES: dict[str, Callable[[Target], str]] = {
     "webgpu": _webgpu,
     "tensorrt-rtx": _cuda,
     "npu": _plugin,
+    "openvino": _plugin,
 }
+_OPENVINO = Execution(
+    "OpenVINOExecutionProvider",
+    "OpenVINO's CPU device, float32",
+    "none is looked for, since it gives logits of the last token only; OpenVINO's CPU device computes the same graph",
+)
 _DEVICES = {
     "cpu": "the processor",
     "webgpu": "a software Vulkan driver",

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline import graph, metrics, qnn, static_decoder, static_session
 from pipeline.agreement import Tally
+from pipeline.errors import StageError
 from pipeline.reference import Reference
 from pipeline.static_export import NPU_STAGES, STAGES
 from pipeline.static_session import Stages
@@ -48,9 +49,10 @@ def measure(
 
     Raises:
         ValueError: logits have NaN or infinite values.
-        StageError: a node cannot run on the NPU.
+        StageError: a node cannot run on the NPU, or a window does not fit the cache.
     """
     processor = _open(quantized, quantized, None)
+    _check_windows(processor, windows, decoded)
     npu, placement = _on_npu(compiled, quantized, soc, scratch, processor.window)
     prefill, decode = Tally(), Tally()
     largest = magnitude = 0.0
@@ -81,6 +83,18 @@ def measure(
         "mean_kl": round(float(np.concatenate(divergence).mean()), 7),
     }
     return {**figures, "npu": facts}
+
+
+def _check_windows(stages: Stages, windows: Windows, decoded: int) -> None:
+    slots = next(iter(stages.cache().values())).shape[2]
+    for length in {len(ids) for _, ids in windows}:
+        if not decoded < length <= slots:
+            raise StageError(
+                f"a window of {length} tokens, of which {decoded} are decoded, cannot be measured",
+                where="validate.window_tokens, validate.decode_tokens",
+                why=f"the cache has {slots} slots, and prefill takes at least one token",
+                fix="ask for shorter windows, or for a larger npu.cache",
+            )
 
 
 def _open(folder: Path, quantized: Path, npu: Any) -> Stages:

@@ -154,6 +154,21 @@ PASSES: dict[str, OlivePass] = {
             *("extra_options", "tensor_quant_overrides", *_FILES),
         ),
     ),
+    "openvino": OlivePass(
+        "olive.passes.openvino.optimum_intel",
+        "OpenVINOOptimumConversion",
+        ours=("components", "device", "extra_args", "ov_quant_config", "script_dir", "user_script"),
+    ),
+    "nncf": OlivePass(
+        "olive.passes.openvino.compression",
+        "OpenVINOWeightCompression",
+        ours=(
+            *("data_config", "extra_args", "ignored_scope", "ignored_scope_type", "reuse_cache", "script_dir"),
+            *("target_device", "transform_fn", "user_script"),
+        ),
+        # NNCF is in an environment of its own; of what it takes, this alone is no part of the scheme and needs no data.
+        nested=Nested("compress_config", lambda: {"ratio"}),
+    ),
     "min_error": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseMinErrorQuantization",
@@ -185,7 +200,12 @@ _FIXED: dict[str, dict[str, Any]] = {
 }
 
 
-def _pass_class(name: str) -> Any:
+def pass_class(name: str) -> Any:
+    """The class of the installed pass.
+
+    Raises:
+        RuntimeMissing: Olive is not installed.
+    """
     wanted = PASSES[name]
     try:
         return getattr(importlib.import_module(wanted.module), wanted.name)
@@ -195,7 +215,7 @@ def _pass_class(name: str) -> Any:
 
 def known_options(name: str) -> list[str]:
     """Options of the installed pass that a recipe may set."""
-    kind, wanted = _pass_class(name), PASSES[name]
+    kind, wanted = pass_class(name), PASSES[name]
     from olive.hardware import DEFAULT_CPU_ACCELERATOR
 
     return sorted(set(kind._default_config(DEFAULT_CPU_ACCELERATOR)).difference(wanted.ours, wanted.idle))
@@ -242,7 +262,7 @@ def _unknown(name: str, options: Mapping[str, Any], known: list[str], prefix: st
 
 
 def _ill_typed(name: str, options: Mapping[str, Any]) -> list[str]:
-    kind = _pass_class(name)
+    kind = pass_class(name)
     from olive.hardware import DEFAULT_CPU_ACCELERATOR
 
     try:
@@ -261,7 +281,7 @@ def run_pass(name: str, config: Mapping[str, Any], model: Any, out_dir: Path, pr
     Raises:
         StageError: it failed, or yielded no model.
     """
-    kind = _pass_class(name)
+    kind = pass_class(name)
     from olive.passes.olive_pass import create_pass_from_dict
 
     config = {**_FIXED.get(name, {}), **config}

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, machine, texts
+from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
@@ -54,7 +54,7 @@ STAGES: tuple[Stage, ...] = (
         ("checkpoint", "quantize", "compile"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 3, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 4, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -63,7 +63,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
 
     Args:
         loaded: the recipe.
-        versions: of the tools; the installed ones when left out.
+        versions: of the tools; the installed ones of those that are left out.
 
     Raises:
         RecipeError: the recipe's target cannot be built by this version.
@@ -89,14 +89,19 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="quantize to fewer bits, or choose a smaller model",
         )
     stages = [stage for stage in STAGES if target.compiled or not stage.compiled]
-    found = versions or {name: installed(name) for name in sorted({name for stage in stages for name in stage.tools})}
+    names = {name for stage in stages for name in stage.tools}
+    if target.isolated:
+        names.add(target.runtime.plugin.partition("==")[0])
+    found = {name: (versions or {}).get(name) or installed(name) for name in sorted(names)}
+    own = isolated.pins() if target.isolated else {}
     steps: dict[str, Step] = {}
     for stage in stages:
         inputs = tuple(name for name in stage.inputs if name in steps)
         fields = _fields(stage.name, loaded)
-        tools = {name: found[name] for name in stage.tools}
+        tools = _tools(stage, target, found)
         if stage.name == "package":
-            fields |= {"sha256": steps["checkpoint"].fields["sha256"], "tools": {**found, "qwen-onnx": __version__}}
+            fields |= {"sha256": steps["checkpoint"].fields["sha256"]}
+            fields |= {"tools": {**own, **found, "qwen-onnx": __version__}}
         key = digest.of_value(
             {
                 "stage": stage.name,
@@ -110,6 +115,15 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         estimate = _estimate(stage.name, recipe, shape)
         steps[stage.name] = Step(stage.name, key, fields, inputs, tools, estimate, context)
     return list(steps.values())
+
+
+def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
+    """The versions that a step's result depends on."""
+    if target.isolated and stage.name in ("export", "quantize"):
+        return isolated.pins()
+    plugin = target.runtime.plugin.partition("==")[0]
+    more = (plugin,) if target.isolated and stage.name == "validate" else ()
+    return {name: found[name] for name in (*stage.tools, *more)}
 
 
 def installed(name: str) -> str:
@@ -259,6 +273,7 @@ _QUANTIZING = {
     "dynamic": (4.0, 60),
     "static": (2.4, 60),
     "w8a8": (0.0, 14),
+    "nncf": (1.2, 12),
 }
 
 

@@ -109,7 +109,7 @@ class Export(Frozen):
 
     Attributes:
         exporter: ``genai`` (Olive's ModelBuilder), ``optimum`` (Olive with optimum-onnx), or ``static`` (ours: graphs
-            of fixed shapes for NPUs).
+            of fixed shapes for NPUs), or ``openvino`` (Olive with optimum-intel: OpenVINO's own graphs).
         dtype: of the activations between kernels; the target's first one when left out.
         rotate: express the residual stream in a basis without outliers first (`pipeline.rotation`): the same function,
             easier to quantize.
@@ -117,7 +117,7 @@ class Export(Frozen):
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    exporter: Literal["genai", "optimum", "static"] = "genai"
+    exporter: Literal["genai", "optimum", "static", "openvino"] = "genai"
     dtype: Literal["float32", "float16", "uint16"] | None = None
     rotate: bool = False
     last_token_head: bool = True
@@ -381,7 +381,7 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
         if family is None:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in (*family.exporters, "static"):
+        elif export and export.exporter not in (*family.exporters, "static", "openvino"):
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
 
 

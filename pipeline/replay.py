@@ -35,9 +35,12 @@ DIFFERS, MISSING = 9, 10
 # Providers that are plugins of their own: name in the configuration → the provider's name, the module with its library.
 PLUGINS = {
     "qnn": ("QNNExecutionProvider", "onnxruntime_qnn"),
+    "OpenVINO": ("OpenVINOExecutionProvider", "onnxruntime_ep_openvino"),
     "webgpu": ("WebGpuExecutionProvider", "onnxruntime_ep_webgpu"),
     "NvTensorRtRtx": ("NvTensorRTRTXExecutionProvider", "onnxruntime_ep_nv_tensorrt_rtx"),
 }
+# OpenVINO's own device for processors, which reads what is made for its NPU. It would round to bfloat16 where it can.
+OPENVINO_ON_CPU = {"device_type": "CPU", "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 _registered: set[str] = set()
 
 
@@ -70,6 +73,30 @@ def unrunnable(package: Path, config: Mapping[str, Any], provider: str = "") -> 
     if not split and platform.machine() in ("x86_64", "AMD64"):
         return "its prefill and decode share one binary, which the emulator cannot load; an NPU can"
     return ""
+
+
+def configure(runtime: Any, settings: Any, own: str, on_cpu: bool, threads: int) -> None:
+    """Prepare a package's configuration for loading.
+
+    Args:
+        runtime: the module ``onnxruntime_genai``.
+        settings: its ``Config`` of the package.
+        own: the provider that the package is for, as in `provider_of`.
+        on_cpu: let the processor run it, whatever it is for.
+        threads: of the processor.
+    """
+    through_openvino = on_cpu and own == "OpenVINO"
+    if not on_cpu or through_openvino:
+        register_plugin(runtime, own)
+    session: dict[str, Any] = {"intra_op_num_threads": threads}
+    if through_openvino:
+        session["provider_options"] = [{own: OPENVINO_ON_CPU}]
+    elif on_cpu and own != "cpu":
+        # Else ONNX Runtime would round the activations of QDQ products to 8 bits, which no other provider does.
+        session["session.qdq_matmulnbits_accuracy_level"] = "1"
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    if on_cpu and not through_openvino:
+        settings.clear_providers()
 
 
 @contextlib.contextmanager
@@ -209,16 +236,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = json.loads((options.package / "genai_config.json").read_bytes())
         if problem := unrunnable(options.package, config, "cpu" if options.cpu else ""):
             raise RuntimeError(problem)
-        if not options.cpu:
-            register_plugin(og, provider_of(config))
         window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
         settings = og.Config(str(options.package))
-        session: dict[str, Any] = {"intra_op_num_threads": os.cpu_count() or 1}
-        if options.cpu:  # else ONNX Runtime would round the activations of QDQ products to 8 bits
-            session["session.qdq_matmulnbits_accuracy_level"] = "1"
-        settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        if options.cpu:
-            settings.clear_providers()
+        configure(og, settings, provider_of(config), options.cpu, os.cpu_count() or 1)
         begin = time.perf_counter()
         with chatter_aside():
             model = og.Model(settings)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipeline.artifact import VALIDATION, Artifact, Need, Step, read_manifest
 from pipeline.errors import QwenOnnxError
-from pipeline.machine import Execution
+from pipeline.machine import Execution, elsewhere
 from pipeline.target import Target
 
 
@@ -216,10 +216,10 @@ def validation(data: Mapping[str, Any]) -> str:
 
 
 def _elsewhere(candidate: Mapping[str, Any]) -> list[str]:
-    """A line that says so when a validation ran on another provider than the package is for."""
-    if candidate["executed_on"] == candidate["provider"]:
-        return []
-    return [f"           NOT on {candidate['provider']}: {candidate['not_executed_on_target']}"]
+    """A line that says so when a validation ran on another provider or device than the package is for."""
+    missing = candidate.get("not_executed_on_target", "")
+    own = elsewhere(candidate["provider"], candidate["executed_on"], missing)
+    return [f"           NOT on {own}: {missing}"] if own else []
 
 
 def targets(found: Sequence[tuple[Target, Execution]]) -> str:
@@ -237,7 +237,7 @@ def targets(found: Sequence[tuple[Target, Execution]]) -> str:
                 target.shapes,
                 f"{target.runtime.package} {newest}",
                 "no" if target.missing else "yes",
-                "no" if target.missing or execution.provider != target.provider else "yes",
+                "no" if target.missing or execution.missing else "yes",
                 "" if target.missing else execution.label(),
             )
         )
@@ -247,18 +247,19 @@ def targets(found: Sequence[tuple[Target, Execution]]) -> str:
         for target, execution in found
         if target.missing or execution.missing
     ]
-    return table(rows, header) + "\n\nwhy not on their own provider here:\n" + table(reasons, ("TARGET", "REASON"))
+    return table(rows, header) + "\n\nwhy not on their own hardware here:\n" + table(reasons, ("TARGET", "REASON"))
 
 
 def _other_schemes(target: Target) -> list[str]:
-    return ["W8A8"] * ("w8a8" in target.algorithms) + ["FP16"] * ("float16" in target.dtypes)
+    plain = "float16" in target.dtypes and "none" in target.algorithms
+    return ["W8A8"] * ("w8a8" in target.algorithms) + ["FP16"] * plain
 
 
 def package(folder: Path) -> str:
     """What was built and how good it is."""
     manifest = read_manifest(folder)
     size = sum(length for length, _ in manifest.files.values())
-    weights = sum(length for name, (length, _) in manifest.files.items() if name.endswith(".data"))
+    weights = sum(length for name, (length, _) in manifest.files.items() if name.endswith((".data", ".bin")))
     measured = validation(json.loads((folder / VALIDATION).read_bytes()))
     return f"\n{measured}\n\npackage {folder}: {size / 1e6:.0f} MB, of which weights {weights / 1e6:.0f} MB"
 

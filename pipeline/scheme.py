@@ -69,7 +69,8 @@ class Scheme(Frozen):
             calibration text shows, or least-squares scales alone),
             ``rtn`` and ``k_quant`` (Olive's block-wise passes), ``dynamic`` (Olive's dynamic INT8 pass),
             ``static`` (Olive's calibrated QDQ pass for NPUs: 16-bit activations), ``w8a8`` (ours for processors:
-            8-bit weights by channel, 8-bit activations by token), or ``none`` (weights stay as exported).
+            8-bit weights by channel, 8-bit activations by token), ``nncf`` (Olive's pass for OpenVINO: weights only,
+            the most sensitive of them and head and embedding in 8 bits), or ``none`` (weights stay as exported).
         body: the scheme of all projections that nothing else names.
         head: the scheme of the output head.
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
@@ -80,7 +81,7 @@ class Scheme(Frozen):
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    algorithm: Literal["gptq", "min_error", "rtn", "k_quant", "dynamic", "static", "w8a8", "none"]
+    algorithm: Literal["gptq", "min_error", "rtn", "k_quant", "dynamic", "static", "w8a8", "nncf", "none"]
     body: WeightScheme | None = None
     head: WeightScheme | None = None
     embedding: Embedding = "float"
@@ -98,7 +99,7 @@ class Scheme(Frozen):
     @property
     def by_weight(self) -> bool:
         """Whether each weight has a scheme of its own."""
-        return self.block_wise or self.algorithm == "static"
+        return self.block_wise or self.algorithm in ("static", "nncf")
 
     def of_weight(self, path: str, role: str) -> WeightScheme | None:
         """The scheme of one weight; ``None`` keeps it as exported (or, for a shared embedding, in the head)."""
@@ -127,7 +128,7 @@ class Scheme(Frozen):
             found.append((("body",), f"algorithm {self.algorithm} needs `body`: {{bits, block_size, symmetric}}"))
         if not self.block_wise:
             for key in ("head", "overrides", "exclude") if self.by_weight else ("body", "head", "overrides", "exclude"):
-                if getattr(self, key):
+                if getattr(self, key) and (self.algorithm, key) != ("nncf", "head"):
                     reason = f"algorithm {self.algorithm} does not quantize block by block: remove `{key}`"
                     found.append(((key,), reason))
             if self.embedding != "float" and not self.by_weight:
@@ -148,9 +149,13 @@ class Scheme(Frozen):
 
     def _whole_channels(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         for loc, weight in self.weight_schemes():
-            if weight.block_size == -1 and (self.algorithm not in ("static", "w8a8") or loc != ("body",)):
+            whole = self.algorithm == "nncf" or (self.algorithm in ("static", "w8a8") and loc == ("body",))
+            if weight.block_size == -1 and not whole:
                 yield (*loc, "block_size"), "whole channels (-1) are for the body of static and w8a8: give a block size"
             elif weight.block_size == -1 and not weight.symmetric:
                 yield (*loc, "symmetric"), "whole channels have no zero point: set `symmetric: true`"
         if self.algorithm == "w8a8" and self.body and self.body.block_size != -1:
             yield ("body", "block_size"), "w8a8 has one scale a channel: set `block_size: -1`"
+        for key in ("head", "embedding") if self.algorithm == "nncf" else ():
+            if getattr(self, key) != WeightScheme(bits=8, block_size=-1, symmetric=True):
+                yield (key,), "nncf quantizes it by channel: set {bits: 8, block_size: -1, symmetric: true}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import read_manifest
 from pipeline.errors import PackageError, RuntimeMissing
-from pipeline.replay import chatter_aside, provider_of, register_plugin, unrunnable
+from pipeline.replay import chatter_aside, configure, provider_of, unrunnable
 
 
 @dataclass(frozen=True)
@@ -98,22 +99,16 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
     if problem := unrunnable(package, config, provider):
         raise RuntimeMissing(f"{package} cannot be run here", why=problem, fix="run it on the chip it is compiled for")
-    if provider != "cpu":
-        register_plugin(og, own)
     try:
         settings = og.Config(str(package))
-        options: dict[str, Any] = {"intra_op_num_threads": threads}
-        if provider == "cpu" and own != "cpu":
-            # Else ONNX Runtime would round the activations of QDQ products to 8 bits, which no other provider does.
-            options["session.qdq_matmulnbits_accuracy_level"] = "1"
-        overlay = {"model": {"decoder": {"session_options": options}}}
-        settings.overlay(json.dumps(overlay))
-        if provider == "cpu":
-            settings.clear_providers()
+        configure(og, settings, own, provider == "cpu", threads)
         with chatter_aside():
             model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side
         why = str(error).split("\n")[0]
+        if provider == "cpu" and re.search("not supported in this build|No OpenVINO devices", why):
+            text = f"{package} is run on the processor by OpenVINO alone, which is not to be had here"
+            raise RuntimeMissing(text, why=why, fix=_install(package)) from None
         if own != "cpu" and provider != "cpu":
             raise RuntimeMissing(
                 f"{package} is for the provider {own}, which is not to be had here",

@@ -72,7 +72,8 @@ class Kernels:
         block_sizes: for each width in bits, the block sizes.
         zero_points: whether blocks may be asymmetric.
         embedding: which quantized embeddings (``GatherBlockQuantized``) there are: ``any``, ``asymmetric`` or none.
-        form: ``nbits`` (``MatMulNBits``) or ``qdq`` (``DequantizeLinear`` before ``MatMul``).
+        form: ``nbits`` (``MatMulNBits``), ``qdq`` (``DequantizeLinear`` before ``MatMul``), ``static`` (the same, in
+            integers from end to end) or ``openvino`` (its own graphs).
     """
 
     block_sizes: Mapping[int, tuple[int, ...]]
@@ -100,6 +101,7 @@ class Target:
         algorithms: what quantizes for it.
         exporters: what writes graphs for it.
         compiled: whether graphs are compiled ahead of time, for one chip.
+        isolated: whether graphs and weights are made in an environment of their own (`pipeline.isolated`).
         missing: why it cannot be built; empty when it can.
     """
 
@@ -117,6 +119,7 @@ class Target:
     algorithms: tuple[str, ...] = ("gptq", "min_error", "rtn", "k_quant", "none")
     exporters: tuple[str, ...] = ("genai", "optimum")
     compiled: bool = False
+    isolated: bool = False
     missing: str = ""
 
 
@@ -215,6 +218,21 @@ TARGETS: dict[str, Target] = {
             algorithms=("static",),
             exporters=("static",),
             compiled=True,
+        ),
+        Target(
+            name="openvino",
+            title="NPUs of Intel Core Ultra (OpenVINO)",
+            provider="OpenVINOExecutionProvider",
+            option="OpenVINO",
+            dtypes=("float16",),
+            # The NPU's pipeline for language models takes whole channels, or groups that are multiples of 64; Intel's
+            # guide has symmetric weights only.
+            kernels=Kernels({4: (-1, 64, 128, 256), 8: (-1,)}, zero_points=False, form="openvino"),
+            runtime=Runtime("onnxruntime-genai", "0.14.1", "Windows, Linux", plugin="onnxruntime-ep-openvino==1.8.1"),
+            replay=Tolerance(top1=0.8, logprob=0.3),
+            algorithms=("nncf",),
+            exporters=("openvino",),
+            isolated=True,
         ),
         Target(
             name="vitisai",

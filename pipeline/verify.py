@@ -84,6 +84,8 @@ _PROVIDERS = {
     "dml": (),
     "webgpu": ("enableGraphCapture", "validationMode"),
     "NvTensorRtRtx": ("enable_cuda_graph",),
+    # Not `load_config`: it may name files, such as caches of what was compiled.
+    "OpenVINO": ("device_type", "enable_causallm"),
     "qnn": (
         *("backend_type", "soc_model", "htp_performance_mode", "htp_graph_finalization_optimization_mode"),
         "enable_block_quant_weight_optimization",
@@ -280,13 +282,19 @@ def _reference_problem(package: Path, entry: onnx_references.Reference) -> str:
     if not _is_name(entry.location):
         return f"location {entry.location!r} is no file name of the package"
     file = package / entry.location
-    if file.is_symlink() or not file.is_file():
+    if not _is_regular(file):
         return f"location {entry.location!r} is no regular file of the package"
+    if file.suffix == ".xml" and not _is_regular(file.with_suffix(".bin")):
+        return f"{entry.location!r} has its weights in {file.stem}.bin, which is no regular file of the package"
     size = file.stat().st_size
     length = size - entry.offset if entry.length is None else entry.length
     if entry.offset < 0 or length < 0 or entry.offset + length > size:
         return f"bytes {entry.offset} to {entry.offset + length} of {entry.location}, which has {size}"
     return ""
+
+
+def _is_regular(file: Path) -> bool:
+    return file.is_file() and not file.is_symlink()
 
 
 def check_runtime(manifest: Manifest) -> str:

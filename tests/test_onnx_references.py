@@ -128,3 +128,61 @@ def test_a_key_that_stands_twice_is_refused() -> None:
     model = helper.make_model(helper.make_graph([], "g", [], [], [tensor]))
     with pytest.raises(ValueError, match="'location' twice"):
         onnx_references.read(model.SerializeToString())
+
+
+PLACES = ["node", "subgraph", "list of subgraphs", "function", "default of a function", "training"]
+
+
+def _compiled(place: str, location: str) -> onnx.ModelProto:
+    """A model with a node that names a compiled binary."""
+    node = helper.make_node("EPContext", [], ["y"], domain="com.microsoft", embed_mode=0, ep_cache_context=location)
+    inner = helper.make_graph([node], "inner", [], [])
+    nodes = [node] if place == "node" else []
+    if place == "subgraph":
+        nodes = [
+            helper.make_node("If", ["c"], ["y"], then_branch=helper.make_graph([], "x", [], []), else_branch=inner)
+        ]
+    elif place == "list of subgraphs":
+        nodes = [helper.make_node("Many", [], ["y"])]
+        nodes[0].attribute.add(name="graphs", type=10).graphs.append(inner)
+    model = helper.make_model(helper.make_graph(nodes, "g", [], []))
+    if place == "function":
+        model.functions.add(name="f", domain="x").node.append(node)
+    elif place == "default of a function":
+        model.functions.add(name="f", domain="x").attribute_proto.extend(node.attribute)
+    elif place == "training":
+        model.training_info.add().algorithm.CopyFrom(inner)
+    return model
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_files_that_nodes_name_are_seen_wherever_a_node_can_be(place: str) -> None:
+    assert _read(_compiled(place, "prefill_qnn.bin").SerializeToString()) == {
+        ("ep_cache_context", "prefill_qnn.bin", 0, None)
+    }
+
+
+def test_of_a_value_that_stands_twice_the_last_is_seen_as_by_the_library() -> None:
+    model = _compiled("node", "good.bin")
+    data = model.graph.node[0].attribute[-1]
+    assert data.name == "ep_cache_context"
+    for other in ("worse.bin", "../worst.bin"):
+        # Fields of one message may be written in pieces: the pieces are joined, and single values replaced.
+        twice = data.SerializeToString() + onnx.AttributeProto(s=other.encode()).SerializeToString()
+        read = onnx.AttributeProto.FromString(twice)
+        node = onnx.NodeProto(op_type="EPContext").SerializeToString() + _field(5, twice)
+        whole = _field(7, _field(1, node))
+        assert {location for _, location, _, _ in _read(whole)} == {read.s.decode()} == {other}
+
+
+def _field(number: int, data: bytes) -> bytes:
+    assert len(data) < 128
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+def test_a_binary_inside_the_graph_is_no_file_name() -> None:
+    """With ``embed_mode`` 1 the attribute holds the binary itself, which could look like anything."""
+    model = _compiled("node", "x")
+    next(entry for entry in model.graph.node[0].attribute if entry.name == "ep_cache_context").s = b"\x00\xff/../x"
+    ((_, location, _, _),) = _read(model.SerializeToString())
+    assert "/" in location

@@ -323,7 +323,7 @@ def test_the_table_is_sound() -> None:
         assert row.runtime.package
         assert bool(row.max_opset) <= bool(row.runtime.newest)  # the limit is that version's
         if row.kernels:
-            assert row.kernels.form in ("nbits", "qdq", "static")
+            assert row.kernels.form in ("nbits", "qdq", "static", "openvino")
             assert row.kernels.embedding in ("any", "asymmetric", "")
             assert all(sizes and list(sizes) == sorted(sizes) for sizes in row.kernels.block_sizes.values())
     assert {recipe.load(path).recipe.target for path in RECIPES} == set(TARGETS)

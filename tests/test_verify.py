@@ -188,6 +188,135 @@ def test_a_configuration_that_is_not_trusted_is_refused(package: Path, case: str
     assert text in str(caught.value)
 
 
+STAGE = {"filename": "model.onnx", "inputs": ["x"], "outputs": ["y"]}
+QNN_OPTIONS = {
+    "backend_type": "htp",
+    "soc_model": "60",
+    "htp_performance_mode": "burst",
+    "htp_graph_finalization_optimization_mode": "3",
+    "enable_block_quant_weight_optimization": "1",
+}
+WINDOWS = {"window_size": 64, "pad_value": 0, "alignment": "left", "slide_key_value_cache": False}
+
+
+def on_npu(options: Any, **settings: Any) -> dict[str, Any]:
+    return {**STAGE, "session_options": {"provider_options": [{"qnn": options}], **settings}}
+
+
+def with_decoder(package: Path, decoder: dict[str, Any], kind: str = "decoder-pipeline") -> Path:
+    config = {**CONFIG, "model": {**CONFIG["model"], "type": kind, "pad_token_id": 7, "decoder": decoder}}  # type: ignore[dict-item]
+    (package / "genai_config.json").write_text(json.dumps(config))
+    seal(package)
+    return package
+
+
+def pipeline_of(*groups: Any, **more: Any) -> dict[str, Any]:
+    decoder = {key: value for key, value in DECODER.items() if key != "filename"}  # type: ignore[union-attr]
+    return {**decoder, "pipeline": list(groups), **more}
+
+
+def test_a_pipeline_of_stages_passes(package: Path) -> None:
+    first = {**STAGE, "run_on_token_gen": False, "run_on_prompt": True}
+    second = {**on_npu(QNN_OPTIONS, log_id="x", **{"session.disable_cpu_ep_fallback": "1"}), "is_lm_head": True}
+    verify.package(with_decoder(package, pipeline_of({"front": first, "head": second}, sliding_window=WINDOWS)))
+    verify.package(with_decoder(package, pipeline_of({"front": first}, {"head": second}, sliding_window=WINDOWS)))
+
+
+# name: (the decoder, what is said)
+HOSTILE_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
+    "a library of the backend": (
+        pipeline_of({"head": on_npu({**QNN_OPTIONS, "backend_path": "libQnnHtp.so"})}),
+        "`model.decoder.pipeline.head.session_options.provider_options` names providers or options",
+    ),
+    "a library of the backend for all stages": (
+        pipeline_of({"head": STAGE}, session_options=on_npu({"backend_path": "QnnHtp.dll"})["session_options"]),
+        "`model.decoder.session_options.provider_options` names providers or options",
+    ),
+    "a path as the kind of backend": (
+        pipeline_of({"head": on_npu({"backend_type": "../evil.so"})}),
+        "provider_options` names providers or options",
+    ),
+    "a package of operators": (
+        pipeline_of({"head": on_npu({"op_packages": "evil"})}),
+        "provider_options` names providers or options",
+    ),
+    "a file to write to": (
+        pipeline_of({"head": on_npu({"profiling_file_path": "x"})}),
+        "provider_options` names providers or options",
+    ),
+    "the provider under another name": (
+        pipeline_of({"head": {**STAGE, "session_options": {"provider_options": [{"QNN": QNN_OPTIONS}]}}}),
+        "provider_options` names providers or options",
+    ),
+    "a provider's library": (
+        pipeline_of({"head": on_npu(QNN_OPTIONS, ep_library_path="evil.so")}),
+        "unknown key `model.decoder.pipeline.head.session_options.ep_library_path`",
+    ),
+    "a library of operators": (
+        pipeline_of({"front": STAGE, "head": on_npu(QNN_OPTIONS, custom_ops_library="evil.so")}),
+        "unknown key `model.decoder.pipeline.head.session_options.custom_ops_library`",
+    ),
+    "a library of operators in a second group": (
+        pipeline_of({"front": STAGE}, {"head": {**STAGE, "custom_ops_library": "evil.so"}}),
+        "unknown key `model.decoder.pipeline.head.custom_ops_library`",
+    ),
+    "a file to write the compiled graph to": (
+        pipeline_of({"head": on_npu(QNN_OPTIONS, **{"ep.context_file_path": "x.onnx"})}),
+        "unknown key `model.decoder.pipeline.head.session_options.ep.context_file_path`",
+    ),
+    "a stage of a file elsewhere": (
+        pipeline_of({"head": {**STAGE, "filename": "../head.onnx"}}),
+        "`model.decoder.pipeline.head.filename` leaves the package",
+    ),
+    "a stage of an absolute file": (
+        pipeline_of({"head": {**STAGE, "filename": "/head.onnx"}}),
+        "`model.decoder.pipeline.head.filename` leaves the package",
+    ),
+    "a stage whose data would not be checked": (
+        pipeline_of({"head": {**STAGE, "filename": "head.bin"}}),
+        "`model.decoder.pipeline.head.filename` does not end in .onnx",
+    ),
+    "options of a run": (
+        pipeline_of({"head": {**STAGE, "run_options": {"x": "y"}}}),
+        "unknown key `model.decoder.pipeline.head.run_options`",
+    ),
+    "stages that are not in a list": (
+        {**pipeline_of(), "pipeline": {"head": STAGE}},
+        "`model.decoder.pipeline` is no list",
+    ),
+    "a stage that is text": (pipeline_of({"head": "x"}), "`model.decoder.pipeline.head` is no object"),
+    "a group that is text": (pipeline_of("x"), "is no object"),
+    "inputs that are no names": (
+        pipeline_of({"head": {**STAGE, "inputs": ["../x"]}}),
+        "`model.decoder.pipeline.head.inputs` is no list of names",
+    ),
+    "an unknown key of windows": (
+        pipeline_of({"head": STAGE}, sliding_window={**WINDOWS, "layers": [0]}),
+        "unknown key `model.decoder.sliding_window.layers`",
+    ),
+    "a window that is a flag": (
+        pipeline_of({"head": STAGE}, sliding_window={**WINDOWS, "window_size": True}),
+        "`model.decoder.sliding_window.window_size` has the wrong type",
+    ),
+    "windows that are a number": (
+        pipeline_of({"head": STAGE}, sliding_window=64),
+        "`model.decoder.sliding_window` is no object",
+    ),
+    "a window of nothing": (
+        pipeline_of({"head": STAGE}, sliding_window={**WINDOWS, "window_size": 0}),
+        "window_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_PIPELINES)
+def test_a_pipeline_that_is_not_trusted_is_refused(package: Path, case: str) -> None:
+    decoder, text = HOSTILE_PIPELINES[case]
+    with pytest.raises(PackageError) as caught:
+        verify.package(with_decoder(package, decoder))
+    assert text in str(caught.value)
+
+
 ODD_CONFIGS = {
     # Python keeps the last of two equal keys; the runtime obeys them one after another, and loads the library.
     "a key that stands twice": (
@@ -244,6 +373,52 @@ def test_external_data_stays_inside(package: Path, case: str, place: str) -> Non
     with pytest.raises(PackageError) as caught:
         verify.package(package)
     assert text in str(caught.value)
+
+
+def compiled(location: str | bytes, place: str) -> onnx.ModelProto:
+    """A graph whose compiled part lies in a file of its own."""
+    context = helper.make_node("EPContext", [], ["y"], domain="com.microsoft", embed_mode=0, ep_cache_context=location)
+    if place == "subgraph":
+        inner = helper.make_graph([context], "inner", [], [])
+        context = helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    made = model(nodes=(context,))
+    if place == "function":
+        del made.graph.node[:]
+        made.functions.add(name="f", domain="x").node.append(context)
+    return made
+
+
+def test_a_compiled_graph_with_its_binary_passes(package: Path) -> None:
+    (package / "head.onnx").write_bytes(compiled("head_qnn.bin", "node").SerializeToString())
+    (package / "head_qnn.bin").write_bytes(b"x")
+    seal(package)
+    verify.package(package)
+
+
+HOSTILE_BINARIES: dict[str, tuple[str | bytes, str]] = {
+    "the folder above": ("../head_qnn.bin", "no file name of the package"),
+    "an absolute path": ("/tmp/head_qnn.bin", "no file name of the package"),
+    "a path of Windows": ("..\\head_qnn.bin", "no file name of the package"),
+    "a detour": ("a/../../head_qnn.bin", "no file name of the package"),
+    "a missing file": ("lost.bin", "no regular file of the package"),
+    "the folder itself": (".", "no file name of the package"),
+    "no name": ("", "no file name of the package"),
+    "a name that is cut at a zero": (b"head_qnn.bin\0x", "no file name of the package"),
+    "a binary in place of a name": (b"\xff\xfe\x7fELF", "no regular file of the package"),
+}
+
+
+@pytest.mark.parametrize("place", ["node", "subgraph", "function"])
+@pytest.mark.parametrize("case", HOSTILE_BINARIES)
+def test_compiled_binaries_stay_inside(package: Path, case: str, place: str) -> None:
+    location, text = HOSTILE_BINARIES[case]
+    (package / "head_qnn.bin").write_bytes(b"x")
+    (package.parent / "head_qnn.bin").write_bytes(b"x")
+    (package / "head.onnx").write_bytes(compiled(location, place).SerializeToString())
+    seal(package)
+    with pytest.raises(PackageError, match=r"head\.onnx refers to data that it may not read") as caught:
+        verify.package(package)
+    assert text in caught.value.why
 
 
 def test_nothing_is_loaded_before_the_checks_are_through(package: Path) -> None:

@@ -51,6 +51,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     if spec.exporter == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
     olive.check_options(spec.exporter, spec.options, "export.options")
+    if spec.exporter == "openvino":
+        return _openvino(source, out_dir, spec.rotate, progress)
     work = out_dir / "export"
     work.mkdir()
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
@@ -96,6 +98,16 @@ def _static(step: Step, source: Path, out_dir: Path, rotate: bool, progress: Pro
     _copy_sidecars(source, out_dir)
     operators = graph.operators(graph.load(out_dir / "prefill.onnx"))
     return Result({"exporter": "static", "opset": static_decoder.OPSET, "operators": operators})
+
+
+def _openvino(source: Path, out_dir: Path, rotate: bool, progress: Progress) -> Result:
+    """OpenVINO's own graph, and one node around it."""
+    given = _rotated(source, out_dir / "rotated", progress) if rotate else source
+    progress(0.3, "Olive with openvino, in its own environment")
+    exporter.export_openvino(given, out_dir)
+    shutil.rmtree(out_dir / "rotated", ignore_errors=True)
+    _copy_sidecars(source, out_dir)
+    return Result({"exporter": "openvino"})
 
 
 def _rotate(loaded: Reference, progress: Progress) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import calibration, olive, quantizer, static_quantizer
+from pipeline import calibration, olive, openvino, quantizer, static_quantizer
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.scheme import Scheme
@@ -29,10 +29,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     if scheme.algorithm == "static":
         windows = calibration.windows(checkpoint, scheme.calibration_windows)
         facts = static_quantizer.quantize(source, out_dir, scheme, windows, progress)
+    elif scheme.algorithm == "nncf":
+        progress(0.1, "Olive with NNCF, in its own environment")
+        facts = openvino.compress(source, out_dir, scheme)
     else:
         facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate)
     for path in sorted(source.iterdir()):
-        if path.suffix not in (".onnx", ".data"):
+        if path.suffix not in (".onnx", ".data") and not (out_dir / path.name).exists():
             shutil.copyfile(path, out_dir / path.name)
     if not (out_dir / "genai_config.json").is_file():
         raise StageError("genai_config.json is missing after quantization")

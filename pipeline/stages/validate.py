@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, parity, reference, replay, texts
+from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
@@ -52,7 +53,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
     execution = step.fields["execution"]
-    provider = "" if execution["provider"] == step.fields["provider"] else "cpu"
+    provider = "cpu" if execution["missing"] else ""
     session = sessions.open_package(package, provider=provider)
     windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
     report: dict[str, Any] = {
@@ -64,7 +65,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         },
         "candidate": {
             "files": graph_files(model),
-            "runtime": f"onnxruntime-genai {step.tools['onnxruntime-genai']}",
+            "runtime": ", ".join(f"{name} {step.tools[name]}" for name in step.tools if name.startswith("onnxruntime")),
             "target": step.fields["target"],
             "provider": step.fields["provider"],
             "executed_on": execution["provider"],
@@ -78,7 +79,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         if "compile" in inputs:
             report |= _compiled_agreement(torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress)
         else:
-            report |= _agreement(torch_model, session, _whole_prompt_twin(package, scratch), windows, progress)
+            whole = _whole_prompts(session, scratch)
+            report |= _agreement(torch_model, session, whole, windows, progress)
     except ValueError as error:
         report["finite"] = False
         report["failure"] = str(error)
@@ -123,6 +125,17 @@ def cut(tokenizer: Any, count: int, length: int) -> list[Window]:
     return windows
 
 
+def _whole_prompts(session: Session, scratch: Path) -> Callable[[Sequence[int]], npt.NDArray[np.float32]]:
+    """What gives logits ``[T, V]`` for all tokens of a prompt at once."""
+    if replay.provider_of(session.config) == "OpenVINO":
+        return partial(openvino.prompt_logits, session.package)
+    twin = _whole_prompt_twin(session.package, scratch)
+    if twin == session.package:
+        return partial(generate.prefill_logits, session)
+    provider = "cpu" if session.provider == "cpu" else ""
+    return partial(generate.prefill_logits, sessions.open_package(twin, provider=provider))
+
+
 def _whole_prompt_twin(package: Path, folder: Path) -> Path:
     """The package with logits for all tokens of a prompt: the same weights, byte for byte, less one Slice node.
 
@@ -145,17 +158,19 @@ def _whole_prompt_twin(package: Path, folder: Path) -> Path:
 
 
 def _agreement(
-    torch_model: Reference, session: Session, twin: Path, windows: Sequence[Window], progress: Progress
+    torch_model: Reference,
+    session: Session,
+    whole: Callable[[Sequence[int]], npt.NDArray[np.float32]],
+    windows: Sequence[Window],
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Figures of the prefill and the decode path, over all windows and by domain."""
-    provider = "cpu" if session.provider == "cpu" else ""
-    whole = session if twin == session.package else sessions.open_package(twin, provider=provider)
+    """Figures of the prefill (by ``whole``) and the decode path, over all windows and by domain."""
     prefill, decode = Tally(), Tally()
     last_token_error = 0.0
     for index, window in enumerate(windows):
         progress(0.05 + 0.8 * index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
         wanted = metrics.log_softmax(torch_model.logits(window.ids))
-        found = generate.prefill_logits(whole, window.ids)
+        found = whole(window.ids)
         prefill.add(window.domain, wanted, found, window.ids)
         last = generate.prefill_logits(session, window.ids)[-1]
         last_token_error = max(last_token_error, _largest_difference(last, found[-1]))
@@ -271,6 +286,7 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
     advice = {
         "dynamic": "quantize.options: {reduce_range: true} avoids saturated sums on processors without VNNI; "
         "algorithm min_error with 8 bits keeps activations out of it",
+        "nncf": "a smaller quantize.options.compress_config.ratio, or 8 bits",
         "rtn": "algorithm min_error at the same size, symmetric: false, a smaller block_size, "
         "or an override with 8 bits for model.layers.*.mlp.down_proj",
     }
