@@ -5,7 +5,6 @@ The same graphs run beside it on the processor, uncompiled: what compiling chang
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,7 @@ def _on_npu(
     scratch.mkdir()
     wide = static_decoder.with_tokens(graph.load(quantized / "head.onnx"), window)
     onnx.save(wide, str(scratch / "wide_head.onnx"))
-    try:
-        (scratch / "head.data").hardlink_to(quantized / "head.data")
-    except OSError:  # a file system without hard links
-        shutil.copyfile(quantized / "head.data", scratch / "head.data")
+    static_session.link(quantized / "head.data", scratch / "head.data")
     sessions = {name: qnn.session(compiled / f"{name}.onnx", qnn.options(soc)) for name in NPU_STAGES}
     sessions["wide_head"] = qnn.session(scratch / "wide_head.onnx", qnn.options(soc))
     placement = {name: qnn.placement(session) for name, session in sessions.items()}

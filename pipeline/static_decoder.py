@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 # The first opset with RMSNormalization.
 OPSET = 23
-# Added to the scores of what may not be seen. Scores of Qwen models stay far below: e**-MASKED is nothing, and a larger
-# value would cost the quantized scores their resolution.
-MASKED = 300.0
+# Taken from the scores of what may not be seen, until calibration knows better (`pipeline.static_quantizer`). The first
+# layer of Qwen2.5-0.5B has scores up to 1500; more than a layer needs costs quantized scores their resolution.
+MASKED = 10_000.0
 _INT64 = 7  # onnx.TensorProto.INT64, without the import
 
 
@@ -154,8 +154,8 @@ def front(sizes: Sizes, embedding: npt.NDArray[np.float32], writer: ExternalData
     Inputs: ``input_ids`` int32 ``[1, T]``; ``past_seq_len`` int32 ``[1, 1]``, the slot of the call's last token, as the
     runtime counts; ``total_seq_len`` int32 ``[1]``, not used, but the runtime feeds both lengths or neither.
     Outputs: ``embeds`` float32 ``[1, T, H]``; ``cos``, ``sin`` float32 ``[1, 1, T, D]``; ``mask`` float32
-    ``[1, 1, T, S + T]``, added to the scores; ``slots`` int64 ``[T]``; ``last`` int64 ``[1]``, the row of the
-    last token that is no padding.
+    ``[1, 1, T, S + T]``, 0 for what may be seen and -1 for what may not; ``slots`` int64 ``[T]``; ``last`` int64
+    ``[1]``, the row of the last token that is no padding.
     """
     g = _Graph(writer)
     ids = g.input("input_ids", np.int32, [1, "tokens"])
@@ -178,7 +178,7 @@ def front(sizes: Sizes, embedding: npt.NDArray[np.float32], writer: ExternalData
     shape = g.node("Concat", [count_dim, g.ints(sizes.cache)], "past_shape", axis=0)
     past = g.node("Expand", [past, shape], "past_seen_rows")
     seen = g.node("Concat", [past, g.node("LessOrEqual", [row, column], "new_seen")], "seen", axis=1)
-    bounds = [g.constant("visible", np.array(0, np.float32)), g.constant("masked", np.array(-MASKED, np.float32))]
+    bounds = [g.constant("visible", np.array(0, np.float32)), g.constant("hidden_from", np.array(-1, np.float32))]
     g.node("Unsqueeze", [g.node("Where", [seen, *bounds], "mask_rows"), g.ints(0, 1)], "mask")
     padding = g.node("Equal", [ids, g.constant("pad", np.array(sizes.pad, np.int32))], "padding")
     real = g.node("Cast", [g.node("Not", [padding], "real")], "real_long", to=_INT64)
@@ -257,7 +257,9 @@ def _layer(
     values = g.node("Concat", [past[1], values], f"{here}.values", axis=2)
     queries = g.node("Reshape", [queries, g.ints(1, s.kv_heads, -1, s.head_dim)], f"{here}.q_grouped")
     keys = g.node("Transpose", [keys], f"{here}.keys_t", perm=[0, 1, 3, 2])
-    scores = g.node("Add", [g.node("MatMul", [queries, keys], f"{here}.scores"), mask], f"{here}.masked")
+    scores = g.node("MatMul", [queries, keys], f"{here}.scores")
+    depth = g.constant(mask_depth(index), np.array([MASKED], np.float32))
+    scores = g.node("Add", [scores, g.node("Mul", [mask, depth], f"{here}.mask")], f"{here}.masked")
     mixed = g.node("MatMul", [g.node("Softmax", [scores], f"{here}.shares", axis=-1), values], f"{here}.mixed")
     mixed = g.node("Reshape", [mixed, g.ints(1, s.heads, -1, s.head_dim)], f"{here}.mixed_heads")
     mixed = g.node("Transpose", [mixed], f"{here}.mixed_t", perm=[0, 2, 1, 3])
@@ -274,6 +276,11 @@ def _layer(
     gated = g.node("Mul", [gate, up], f"{here}.gated")
     down = _linear(g, gated, weights[f"{there}.mlp.down_proj.weight"], None, f"{here}.down")
     return g.node("Add", [x, down], f"{here}.after_mlp")
+
+
+def mask_depth(index: int) -> str:
+    """The name of the initializer, float32 ``[1]``, that is taken from a layer's scores of what may not be seen."""
+    return f"layers.{index}.mask_depth"
 
 
 def _linear(g: _Graph, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None, name: str) -> str:

@@ -7,6 +7,7 @@ calibration what goes in and out of each stage. Shapes as in `pipeline.static_de
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,3 +96,11 @@ def on_processor(model: Path) -> Any:
     settings.log_severity_level = 3
     settings.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return onnxruntime.InferenceSession(str(model), settings, providers=["CPUExecutionProvider"])
+
+
+def link(source: Path, target: Path) -> None:
+    """Let ``target`` be the file ``source``, without a copy where the file system can."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
