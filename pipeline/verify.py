@@ -212,6 +212,8 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
         yield f"`{key}` has the wrong type"
     elif isinstance(value, list) and not all(type(item) is int for item in value):
         yield f"`{key}` is no list of whole numbers"
+    elif key.endswith("window_size") and value < 1:
+        yield f"`{key}` is not positive"
     elif key.endswith("filename"):
         yield from _graph_problems(value, key)
 
