@@ -100,7 +100,7 @@ def package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
     checkpoint = checkpoint_of("qwen2")
     folder = tmp_path_factory.mktemp("package")
-    exporter.export_genai(checkpoint, folder, {"precision": "fp32"})
+    exporter.export_genai(checkpoint, folder, {}, "CPUExecutionProvider", "float32")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(checkpoint / name, folder / name)
     return folder
