@@ -155,16 +155,18 @@ def scores(model: Any, prompt: Sequence[int], tokens: Sequence[int], window: int
     import onnxruntime_genai as og
 
     parameters = og.GeneratorParams(model)
-    room = -(-len(prompt) // window) * window + len(tokens) + 1
+    room = -(-len(prompt) // window) * window + max(len(tokens), 1)
     parameters.set_search_options(max_length=room, do_sample=False)
     generator = og.Generator(model, parameters)
     generator.append_tokens(np.asarray(prompt, np.int32))
     first, logprobs = [], []
-    for token in tokens:
+    for index, token in enumerate(tokens):
         logits = np.asarray(generator.get_logits(), np.float32)
         row = _last_row(logits)
         first.append(int(row.argmax()))
         logprobs.append(float(row[token] - row.max() - np.log(np.exp(row - row.max()).sum())))
+        if index == len(tokens) - 1:
+            break  # nobody asks what follows it, and there may be no room for it
         # Static models take no second append: the token is made the only choice instead.
         logits[:] = -1e9
         logits[..., token] = 0.0
