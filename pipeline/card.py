@@ -123,7 +123,7 @@ def _npu(validation: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     facts, npu = validation["npu"], manifest["recipe"]["npu"]
     nodes = "; ".join(
         f"{stage}: {', '.join(f'{count} on {provider}' for provider, count in counts.items())}"
-        for stage, counts in facts["placement"].items()
+        for stage, counts in facts.get("compiled_from", facts["placement"]).items()
     )
     shared = ""
     if npu.get("share_weights"):

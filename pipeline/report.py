@@ -210,6 +210,12 @@ def validation(data: Mapping[str, Any]) -> str:
     if data["finite"]:
         domains = data["decode"]["domains"].items()
         lines.append("mean KL by text: " + ", ".join(f"{name} {figures['mean_kl']:.4f}" for name, figures in domains))
+    if npu := data.get("npu"):
+        nodes = sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
+        lines.append(
+            f"compiled for {npu['soc']} from {nodes} nodes, none of them on the processor;\n"
+            f"logits within {npu['largest_difference']:.3g} of the uncompiled graphs' (largest: {npu['largest_logit']:.3g})"
+        )
     same = [answer["name"] for answer in data["greedy"]["answers"] if answer["first_divergence"] is None]
     lines.append(f"greedy answers identical to the reference's: {len(same)} of {len(data['greedy']['answers'])}")
     return "\n".join(lines)

@@ -191,7 +191,7 @@ def _compiled_agreement(
     progress: Progress,
 ) -> dict[str, Any]:
     """The same figures of a compiled package, executed stage by stage."""
-    return npu_agreement.measure(
+    found = npu_agreement.measure(
         torch_model,
         inputs["compile"].path,
         inputs["quantize"].path,
@@ -201,6 +201,8 @@ def _compiled_agreement(
         scratch,
         lambda part, what: progress(0.05 + 0.6 * part, what),
     )
+    found["npu"]["compiled_from"] = inputs["compile"].facts["placement"]
+    return found
 
 
 def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
