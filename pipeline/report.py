@@ -213,8 +213,8 @@ def validation(data: Mapping[str, Any]) -> str:
     if npu := data.get("npu"):
         nodes = sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
         lines.append(
-            f"compiled for {npu['soc']} from {nodes} nodes, none of them on the processor;\n"
-            f"logits within {npu['largest_difference']:.3g} of the uncompiled graphs' (largest: {npu['largest_logit']:.3g})"
+            f"compiled for {npu['soc']} from {nodes} nodes, none of them on the processor;\nlogits within "
+            f"{npu['largest_difference']:.3g} of the uncompiled graphs' (largest {npu['largest_logit']:.3g})"
         )
     same = [answer["name"] for answer in data["greedy"]["answers"] if answer["first_divergence"] is None]
     lines.append(f"greedy answers identical to the reference's: {len(same)} of {len(data['greedy']['answers'])}")

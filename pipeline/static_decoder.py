@@ -251,7 +251,12 @@ def _layer(
         keys = _norm(g, s, keys, gains[1], f"{here}.k_norm")
     queries = _rotate(g, s, g.node("Transpose", [queries], f"{here}.q_t", perm=[0, 2, 1, 3]), cos, sin, f"{here}.q_rot")
     keys = g.node("Transpose", [keys], f"{here}.k_t", perm=[0, 2, 1, 3])
-    keys = _rotate(g, s, keys, cos, sin, f"new.{index}.key")
+    shift = _key_shift(s, weights.get(f"{there}.self_attn.k_proj.bias"))
+    if shift is None:
+        keys = _rotate(g, s, keys, cos, sin, f"new.{index}.key")
+    else:
+        keys = _rotate(g, s, keys, cos, sin, f"{here}.k_rot")
+        keys = g.node("Sub", [keys, g.constant(f"{here}.key_shift", shift)], f"new.{index}.key")
     values = g.node("Transpose", [values], f"new.{index}.value", perm=[0, 2, 1, 3])
     keys = g.node("Concat", [past[0], keys], f"{here}.keys", axis=2)
     values = g.node("Concat", [past[1], values], f"{here}.values", axis=2)
@@ -276,6 +281,19 @@ def _layer(
     gated = g.node("Mul", [gate, up], f"{here}.gated")
     down = _linear(g, gated, weights[f"{there}.mlp.down_proj.weight"], None, f"{here}.down")
     return g.node("Add", [x, down], f"{here}.after_mlp")
+
+
+def _key_shift(s: Sizes, bias: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
+    """What may be taken from all keys of a layer, ``[1, K, 1, D]``: a query's softmax does not see a constant.
+
+    The biases of Qwen2's keys are so large that scores reach the thousands, where the NPU's products are off by whole
+    nats. Rotary embedding turns the slow half of a head's channels by less than a radian over the cache: their bias is
+    nearly the same in all keys, and goes.
+    """
+    if bias is None:
+        return None
+    slow = np.tile(s.rotary * s.cache < 1.0, 2)
+    return (bias.reshape(1, s.kv_heads, 1, s.head_dim) * slow).astype(np.float32)
 
 
 def mask_depth(index: int) -> str:
