@@ -73,9 +73,10 @@ def _answer(folder: Path, prompt: str) -> None:
 
     target = read_manifest(folder).data["target"]
     elsewhere = machine.elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"])
+    limit = 4 if "emulator" in target["validated_device"] else 160  # a token takes an emulator a quarter of a minute
     print(f"\n> {prompt}\n")
     asked = chat.load(folder).encode_chat([{"role": "user", "content": prompt}])
-    _stream(folder, asked, 160, provider="cpu" if elsewhere else "")
+    _stream(folder, asked, limit, provider="cpu" if elsewhere else "")
     if elsewhere:
         device = f"{target['validated_on']} ({target['validated_device']})"
         print(f"(answered by {device}, not on {elsewhere})", file=sys.stderr)
