@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 # The first opset with RMSNormalization.
 OPSET = 23
-# Taken from the scores of what may not be seen, until calibration knows better (`pipeline.static_quantizer`). The first
-# layer of Qwen2.5-0.5B has scores up to 1500; more than a layer needs costs quantized scores their resolution.
-MASKED = 10_000.0
+# Taken from the scores of what may not be seen: as much as float16 holds beside scores of thousands, which the first
+# layer of Qwen2.5-0.5B has. Slots of the cache that were never written are far from zero once they are quantized.
+MASKED = 30_000.0
 _INT64 = 7  # onnx.TensorProto.INT64, without the import
 
 
@@ -263,7 +263,7 @@ def _layer(
     queries = g.node("Reshape", [queries, g.ints(1, s.kv_heads, -1, s.head_dim)], f"{here}.q_grouped")
     keys = g.node("Transpose", [keys], f"{here}.keys_t", perm=[0, 1, 3, 2])
     scores = g.node("MatMul", [queries, keys], f"{here}.scores")
-    depth = g.constant(mask_depth(index), np.array([MASKED], np.float32))
+    depth = g.constant("mask_depth", np.array([MASKED], np.float32))
     scores = g.node("Add", [scores, g.node("Mul", [mask, depth], f"{here}.mask")], f"{here}.masked")
     mixed = g.node("MatMul", [g.node("Softmax", [scores], f"{here}.shares", axis=-1), values], f"{here}.mixed")
     mixed = g.node("Reshape", [mixed, g.ints(1, s.heads, -1, s.head_dim)], f"{here}.mixed_heads")
@@ -294,11 +294,6 @@ def _key_shift(s: Sizes, bias: npt.NDArray[np.float32] | None) -> npt.NDArray[np
         return None
     slow = np.tile(s.rotary * s.cache < 1.0, 2)
     return (bias.reshape(1, s.kv_heads, 1, s.head_dim) * slow).astype(np.float32)
-
-
-def mask_depth(index: int) -> str:
-    """The name of the initializer, float32 ``[1]``, that is taken from a layer's scores of what may not be seen."""
-    return f"layers.{index}.mask_depth"
 
 
 def _linear(g: _Graph, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None, name: str) -> str:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # Most calls of prefill that are kept for calibration; each holds a whole cache.
 _MAX_CALLS = 48
-# How far below all that may be seen the mask puts the rest, in nats: its share of attention is nothing.
-_MASK_MARGIN = 20.0
 # HTP stores a block's scale as its channel's largest divided by 16, times a whole number up to 16.
 _SCALE_STEPS = 16
 
@@ -52,11 +50,8 @@ def quantize(
 
     progress(0.02, "running the calibration text")
     calls, rows = _calibration(source, texts)
-    progress(0.1, "ranges of the scores")
-    fitted = _fit_masks(source, calls, out_dir / "fitted")
     progress(0.15, "Olive: ranges of the layers")
-    layers, folder = _static(fitted, "prefill", calls, out_dir / "layers", scheme)
-    shutil.rmtree(fitted)
+    layers, folder = _static(source, "prefill", calls, out_dir / "layers", scheme)
     count = sum(value.name.startswith("new.") for value in layers.graph.output) // 2
     for index in range(count):
         for kind in ("key", "value"):
@@ -110,32 +105,6 @@ def _calibration(source: Path, texts: Sequence[Sequence[int]]) -> tuple[list[Fee
     rows = [stages.prefill(ids)[0] for ids in texts]
     every = np.concatenate(rows)
     return calls, every[:: max(1, len(every) // 256)]
-
-
-def _fit_masks(source: Path, calls: Sequence[Feed], folder: Path) -> Path:
-    """The float prefill stage in ``folder``, each layer's mask as deep as its scores need and no deeper."""
-    import onnx
-
-    folder.mkdir()
-    shutil.copyfile(source / "layers.data", folder / "layers.data")  # onnx refuses data with a second hard link
-    model = graph.load(source / "prefill.onnx")
-    depths = [tensor for tensor in model.graph.initializer if tensor.name.endswith(".mask_depth")]
-    scores = [tensor.name.replace(".mask_depth", ".scores") for tensor in depths]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    for name in scores:
-        watched.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    onnx.save(watched, str(folder / "watched.onnx"))
-    session = static_session.on_processor(folder / "watched.onnx")
-    low, high = np.zeros(len(scores)), np.zeros(len(scores))
-    for feed in calls:
-        found = session.run(scores, feed)
-        low = np.minimum(low, [values.min() for values in found])
-        high = np.maximum(high, [values.max() for values in found])
-    for tensor, depth in zip(depths, high - low + _MASK_MARGIN, strict=True):
-        tensor.CopyFrom(onnx.numpy_helper.from_array(np.array([depth], np.float32), tensor.name))
-    onnx.save(model, str(folder / "prefill.onnx"))
-    return folder
 
 
 def _static(
