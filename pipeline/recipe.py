@@ -173,7 +173,7 @@ class Validate(Frozen):
 
     windows: Annotated[int, Field(ge=1, le=64)] = 8
     window_tokens: Annotated[int, Field(ge=16, le=2048)] = 256
-    decode_tokens: Annotated[int, Field(ge=1)] | None = None
+    decode_tokens: Annotated[int, Field(ge=2)] | None = None
     greedy_tokens: Annotated[int, Field(ge=1, le=256)] = 32
     answers: Annotated[int, Field(ge=1)] | None = None
     gates: Gates
