@@ -151,7 +151,7 @@ PASSES: dict[str, OlivePass] = {
         ours=(
             *("quant_mode", "precision", "activation_type", "per_channel", "quant_preprocess", "prepare_qdq_config"),
             *("quant_format", "data_config", "calibration_providers", "op_types_to_quantize", "nodes_to_quantize"),
-            *("extra_options", "tensor_quant_overrides", *_FILES),
+            *("extra_options", "nodes_to_exclude", "tensor_quant_overrides", *_FILES),
         ),
     ),
     "openvino": OlivePass(
@@ -178,16 +178,7 @@ PASSES: dict[str, OlivePass] = {
     "gptq": OlivePass(
         "pipeline.blockwise_passes",
         "BlockWiseGptqQuantization",
-        ours=(
-            "schemes",
-            "accuracy_level",
-            "share_embedding",
-            "form",
-            "progress",
-            "checkpoint",
-            "calibration_windows",
-            "rotate",
-        ),
+        ours=(*_OUR_PASS, "checkpoint", "calibration_windows", "rotate"),
     ),
 }
 
