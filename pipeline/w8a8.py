@@ -7,9 +7,10 @@ A projection ``y = x Wᵀ`` is computed as follows, without calibration and for 
 
 1. The channels of ``x`` are mixed in blocks of ``B`` by a Hadamard matrix, and so are those of ``W``: the product is
    the same, but a channel's outliers are spread over its block (QuaRot does so for whole rows).
-2. Every token is divided by its largest magnitude, so that it has a scale of its own, and what it yields does not
-   depend on the tokens that it is computed with.
-3. ``DynamicQuantizeMatMul`` rounds it to uint8 and multiplies with int8 weights, one scale per output channel.
+2. Every token is divided by its largest magnitude, so that it has a scale of its own, and what it yields hardly depends
+   on the tokens that it is computed with.
+3. ``DynamicQuantizeMatMul`` rounds it to uint8, over the range of all these tokens, at most [-1, 1], and multiplies
+   with int8 weights, one scale per output channel.
 
 On processors without VNNI the kernels add two products of uint8 and int8 in a 16-bit register that saturates
 (``vpmaddubsw``): ``2 * 255 * LIMIT`` must not exceed 32767. With 7-bit weights all processors compute the same.
