@@ -88,8 +88,7 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
     """
     if not prompt:
         raise UsageError("the prompt is empty")
-    if min(prompt) < 0 or max(prompt) >= session.vocabulary:
-        raise UsageError(f"the prompt has token ids outside [0, {session.vocabulary})")
+    _check_ids(session, prompt, "prompt")
     if session.window > 1 and session.config["model"]["pad_token_id"] in prompt:
         raise UsageError("the prompt has the id that the runtime fills up windows with")
     if session.padded(len(prompt)) >= session.context_length:
@@ -97,6 +96,20 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
             f"the prompt has {len(prompt)} tokens; the context holds {session.context_length}",
             fix="shorten the prompt, or rebuild with a larger generation.context_length",
         )
+
+
+def check_answer(session: Session, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """Refuse a prompt and its answer that the model cannot be fed; raises `UsageError` as `check_prompt` does."""
+    check_prompt(session, prompt)
+    if answer:
+        _check_ids(session, answer, "answer")
+    if room(session, len(prompt), len(answer)) < len(answer):
+        raise UsageError(f"the answer of {len(answer)} tokens does not fit the context of {session.context_length}")
+
+
+def _check_ids(session: Session, ids: Sequence[int], what: str) -> None:
+    if min(ids) < 0 or max(ids) >= session.vocabulary:
+        raise UsageError(f"the {what} has token ids outside [0, {session.vocabulary})")
 
 
 def decode_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float32]:

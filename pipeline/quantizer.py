@@ -124,7 +124,7 @@ def _check_quantized(
 ) -> None:
     """Compare the graph, weight by weight, with what was asked for."""
     expected = {path: given for path, given in wanted.items() if given.block_size != -1}
-    if (products := operators.get("DynamicQuantizeMatMul", 0)) != len(wanted) - len(expected):
+    if (products := operators.get("MatMulIntegerToFloat", 0)) != len(wanted) - len(expected):
         raise StageError(f"{products} weights are multiplied in integers, not {len(wanted) - len(expected)}")
     if scheme.block_wise and scheme.embedding == "shared":
         role = {weight.role: weight.path for weight in found}

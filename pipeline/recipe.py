@@ -372,6 +372,7 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         export = value.get("export")
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
+        yield from _window_contradictions(value)
     if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
             if source.type == "wheels" or (source.type == "hub" and source.file):
@@ -395,6 +396,18 @@ def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str
             yield ("npu", "soc"), f"unsupported SoC{_choice(npu.soc, list(targets.SOCS))}"
         if npu.cache % npu.window:
             yield ("npu", "cache"), f"{npu.cache} slots are no multiple of the window of {npu.window} tokens"
+
+
+def _window_contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Windows of text that the cache of a compiled decoder cannot hold, or that leave nothing to prefill."""
+    npu, spec = _typed(Npu, value.get("npu")), _typed(Validate, value.get("validate"))
+    if npu is None or spec is None:
+        return
+    if spec.window_tokens > npu.cache:
+        yield ("validate", "window_tokens"), f"{spec.window_tokens} tokens do not fit the cache of {npu.cache} slots"
+    if (spec.decode_tokens or 0) >= spec.window_tokens:
+        text = f"it must be less than the window of {spec.window_tokens} tokens, whose rest is prefilled"
+        yield ("validate", "decode_tokens"), text
 
 
 def _choice(word: str, known: list[str]) -> str:

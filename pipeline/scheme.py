@@ -136,6 +136,7 @@ class Scheme(Frozen):
         if self.algorithm == "static" and self.embedding == "shared":
             found.append((("embedding",), "the head is compiled, and cannot be shared: use `float` or a scheme"))
         found += self._whole_channels()
+        found += self._share_of_4_bits()
         if self.algorithm == "k_quant":
             for loc, scheme in self.weight_schemes():
                 if scheme.symmetric:
@@ -146,6 +147,15 @@ class Scheme(Frozen):
         if self.options and self.algorithm in ("gptq", "min_error", "w8a8", "none"):
             found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found
+
+    def _share_of_4_bits(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """NNCF's ``ratio``, which Olive looks at only when the pass runs."""
+        config = self.options.get("compress_config") if self.algorithm == "nncf" else None
+        if not isinstance(config, dict) or "ratio" not in config:
+            return
+        ratio, key = config["ratio"], ("options", "compress_config", "ratio")
+        if type(ratio) not in (int, float) or not 0 < ratio <= 1:
+            yield key, f"the share of projections in 4 bits is more than 0 and at most 1, got {ratio!r}"
 
     def _whole_channels(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         for loc, weight in self.weight_schemes():

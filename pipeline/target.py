@@ -95,7 +95,7 @@ class Target:
         kernels: quantized weights; ``None`` when weights come quantized from elsewhere.
         shapes: ``dynamic`` or ``static``.
         runtime: what a device needs.
-        replay: tolerance of the golden replay on the device.
+        replay: tolerance of the golden replay on the device; devices differ in how they sum and round products.
         max_file: largest file that the runtime reads, in bytes; 0 when there is no such limit.
         max_opset: newest opset that ``runtime.newest`` reads.
         algorithms: what quantizes for it.
@@ -112,7 +112,7 @@ class Target:
     dtypes: tuple[str, ...]
     kernels: Kernels | None
     runtime: Runtime
-    replay: Tolerance
+    replay: Tolerance = Tolerance(top1=0.9, logprob=0.15)
     shapes: str = "dynamic"
     max_file: int = 0
     max_opset: int = 0
@@ -126,6 +126,7 @@ class Target:
 _FINE = (16, 32, 64, 128, 256)
 _GPU_BLOCKS = (16, 32, 64, 128)
 _GB = 1 << 30
+_NPU = Tolerance(top1=0.8, logprob=0.3)  # NPUs round activations between operators
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -139,8 +140,6 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32",),
             kernels=Kernels({4: _FINE, 8: (-1, *_FINE)}),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS"),
-            # Processors differ in how they sum and round 8-bit products.
-            replay=Tolerance(top1=0.9, logprob=0.15),
             algorithms=("gptq", "min_error", "rtn", "k_quant", "dynamic", "w8a8", "none"),
         ),
         Target(
@@ -153,7 +152,6 @@ TARGETS: dict[str, Target] = {
             # for the middle of the range (onnxruntime issue 31692).
             kernels=Kernels({4: _GPU_BLOCKS, 8: _GPU_BLOCKS}, embedding="asymmetric"),
             runtime=Runtime("onnxruntime-genai-cuda", "0.14.1", "Linux, Windows"),
-            replay=Tolerance(top1=0.9, logprob=0.15),
         ),
         Target(
             name="directml",
@@ -173,7 +171,6 @@ TARGETS: dict[str, Target] = {
                 install="pip install numpy onnxruntime-directml==1.24.4 && "
                 "pip install --no-deps onnxruntime-genai-directml==0.14.1",
             ),
-            replay=Tolerance(top1=0.9, logprob=0.15),
             max_file=4 * _GB,
             max_opset=22,
         ),
@@ -185,7 +182,6 @@ TARGETS: dict[str, Target] = {
             dtypes=("float16",),
             kernels=Kernels({4: (32, 64, 128), 8: (32, 64, 128)}, embedding="asymmetric"),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS", plugin="onnxruntime-ep-webgpu"),
-            replay=Tolerance(top1=0.9, logprob=0.15),
             max_file=2 * _GB,  # of one file in a browser
         ),
         Target(
@@ -199,7 +195,6 @@ TARGETS: dict[str, Target] = {
             runtime=Runtime(
                 "onnxruntime-genai-cuda", "0.14.1", "Linux, Windows", plugin="onnxruntime-ep-nv-tensorrt-rtx"
             ),
-            replay=Tolerance(top1=0.9, logprob=0.15),
         ),
         Target(
             name="npu",
@@ -212,7 +207,7 @@ TARGETS: dict[str, Target] = {
             runtime=Runtime(
                 "onnxruntime-genai", "0.14.1", "Windows on Arm; Linux for the emulator", plugin="onnxruntime-qnn==2.7.0"
             ),
-            replay=Tolerance(top1=0.8, logprob=0.3),
+            replay=_NPU,
             shapes="static",
             max_file=3 * _GB,  # of one context binary: the NPU addresses 32 bits
             algorithms=("static",),
@@ -229,7 +224,7 @@ TARGETS: dict[str, Target] = {
             # guide has symmetric weights only.
             kernels=Kernels({4: (-1, 64, 128, 256), 8: (-1,)}, zero_points=False, form="openvino"),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Windows, Linux", plugin="onnxruntime-ep-openvino==1.8.1"),
-            replay=Tolerance(top1=0.8, logprob=0.3),
+            replay=_NPU,
             algorithms=("nncf",),
             exporters=("openvino",),
             isolated=True,
@@ -242,7 +237,7 @@ TARGETS: dict[str, Target] = {
             dtypes=("float32",),
             kernels=Kernels({4: (32, 128)}),
             runtime=Runtime("onnxruntime-genai-ryzenai", "1.4", "Windows"),
-            replay=Tolerance(top1=0.8, logprob=0.3),
+            replay=_NPU,
             missing="the model generator of Ryzen AI, which writes graphs for this provider, and the provider itself "
             "come with AMD's installer only; the package index has neither",
         ),
@@ -315,6 +310,11 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
     if exporter not in target.exporters:
         known = " or ".join(target.exporters)
         yield ("export", "exporter"), f"{target.name} takes graphs of {known}, {exporter} writes others"
+    elif exporter in ("static", "openvino"):
+        if options:
+            yield ("export", "options"), f"exporter {exporter} takes no options: remove `options`"
+        if export.get("last_token_head") is False:
+            yield ("export", "last_token_head"), f"exporter {exporter} always computes the head for the last token only"
     elif exporter == "optimum" and "float32" not in target.dtypes:
         yield ("export", "exporter"), f"optimum traces float32 graphs; {target.name} computes in {target.dtypes[0]}"
 

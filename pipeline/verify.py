@@ -182,7 +182,10 @@ def check_config(package: Path) -> None:
     problems = list(_config_problems(config, _CONFIG, ""))
     model = config.get("model") if isinstance(config, dict) else None
     if isinstance(model, dict):
-        problems += [f"`model.{name}` is missing" for name in _NEEDED if name not in model]
+        decoder = model.get("decoder")
+        windowed = isinstance(decoder, dict) and "sliding_window" in decoder
+        needed = (*_NEEDED, "pad_token_id") if windowed else _NEEDED
+        problems += [f"`model.{name}` is missing" for name in needed if name not in model]
     if problems:
         raise PackageError(
             "genai_config.json has keys or values that this program does not trust",
@@ -353,7 +356,7 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
     opened = session.open_package(package, provider=provider)
     try:
         for entry in entries:
-            generate.check_prompt(opened, [*entry["prompt"], *entry["tokens"]])
+            generate.check_answer(opened, entry["prompt"], entry["tokens"])
     except UsageError as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
     result = transcript.replay(opened.model, entries, opened.window)

@@ -7,10 +7,9 @@ A projection ``y = x Wᵀ`` is computed as follows, without calibration and for 
 
 1. The channels of ``x`` are mixed in blocks of ``B`` by a Hadamard matrix, and so are those of ``W``: the product is
    the same, but a channel's outliers are spread over its block (QuaRot does so for whole rows).
-2. Every token is divided by its largest magnitude, so that it has a scale of its own, and what it yields hardly depends
-   on the tokens that it is computed with.
-3. ``DynamicQuantizeMatMul`` rounds it to uint8, over the range of all these tokens, at most [-1, 1], and multiplies
-   with int8 weights, one scale per output channel.
+2. Every token is divided by its largest magnitude and rounded to a fixed grid over [-1, 1] (``QuantizeLinear``): it has
+   a scale of its own, and what it yields does not depend on the tokens that it is computed with.
+3. ``MatMulIntegerToFloat`` multiplies with int8 weights, one scale per output channel.
 
 On processors without VNNI the kernels add two products of uint8 and int8 in a 16-bit register that saturates
 (``vpmaddubsw``): ``2 * 255 * LIMIT`` must not exceed 32767. With 7-bit weights all processors compute the same.
@@ -187,6 +186,8 @@ class _Rewriter:
         self._constants: dict[str, npt.NDArray[Any]] = {
             "w8a8/axes": np.array([-1], np.int64),
             "w8a8/tiny": np.array(1e-20, np.float32),  # a token of zeros must not be divided by zero
+            "w8a8/step": np.array(1 / 127, np.float32),
+            "w8a8/zero": np.array(128, np.uint8),
         }
 
     def replace(self, index: int, codes: str, scale: str, block: int) -> None:
@@ -201,11 +202,12 @@ class _Rewriter:
             self._scaled[source] = self._scale(nodes, source, block)
         rows, reach = self._scaled[source]
         product = f"{result}/scaled"
-        nodes.append(make("DynamicQuantizeMatMul", [rows, codes, scale], [product], node.name, domain=graph.MICROSOFT))
+        inputs = [rows, codes, "w8a8/step", scale, "w8a8/zero"]
+        nodes.append(make("MatMulIntegerToFloat", inputs, [product], node.name, domain=graph.MICROSOFT))
         nodes.append(make("Mul", [product, reach], [result], f"{node.name}/Unscale"))
 
     def _scale(self, nodes: list[onnx.NodeProto], source: str, block: int) -> tuple[str, str]:
-        """Names of ``source`` mixed and with every token's largest magnitude 1, and of those (``[..., S, 1]``)."""
+        """Names of ``source`` mixed and rounded to uint8, and of each token's largest magnitude (``[..., S, 1]``)."""
         import onnx
 
         def add(op_type: str, inputs: list[str], **attributes: int) -> str:
@@ -222,7 +224,7 @@ class _Rewriter:
             mixed = add("Reshape", [blocks, add("Shape", [source])])
         peak = add("ReduceMax", [add("Abs", [mixed]), "w8a8/axes"], keepdims=1)
         reach = add("Max", [peak, "w8a8/tiny"])
-        return add("Div", [mixed, reach]), reach
+        return add("QuantizeLinear", [add("Div", [mixed, reach]), "w8a8/step", "w8a8/zero"]), reach
 
     def finish(self) -> dict[str, npt.NDArray[Any]]:
         """Put the nodes in place; the constants that they read."""

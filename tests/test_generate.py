@@ -56,6 +56,19 @@ def test_prompts_are_checked(prompt: list[int], text: str) -> None:
         generate.check_prompt(Session(Path(), None, CONFIG, 1, "cpu"), prompt)
 
 
+@pytest.mark.parametrize(("window", "fits"), [(1, 11), (4, 8)])
+def test_an_answer_fits_behind_a_prompt_whose_last_window_is_filled_up(window: int, fits: int) -> None:
+    facts = {"context_length": 16, "vocab_size": 16, "eos_token_id": 3, "pad_token_id": 15}
+    config = {"model": {**facts, "decoder": {"sliding_window": {"window_size": window}}}}
+    opened = Session(Path(), None, config, 1, "cpu")
+    generate.check_answer(opened, [1] * 5, [2] * fits)
+    generate.check_answer(opened, [1] * 5, [])
+    with pytest.raises(UsageError, match="does not fit"):
+        generate.check_answer(opened, [1] * 5, [2] * (fits + 1))
+    with pytest.raises(UsageError, match="the answer has token ids outside"):
+        generate.check_answer(opened, [1] * 5, [16])
+
+
 class Bytes:
     """A tokenizer whose tokens are bytes: the hardest case for characters of several bytes."""
 

@@ -25,6 +25,7 @@ checkpoint:
   base_model: b
 validate: {gates: {mean_kl: 0.1, top1: 0.8, perplexity_ratio: 1.1}}
 """
+GATES = "gates: {mean_kl: 0.1, top1: 0.8, perplexity_ratio: 1.1}}"
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -32,7 +33,8 @@ def write(folder: Path, name: str, text: str) -> Path:
     home = folder / "tiny"
     home.mkdir()
     path = home / "r.yaml"
-    path.write_text(f"target: {name}\n{text}\n{BASE}", encoding="utf-8")
+    base = BASE if "validate:" not in text else BASE.partition("validate:")[0]
+    path.write_text(f"target: {name}\n{text}\n{base}", encoding="utf-8")
     return path
 
 
@@ -44,6 +46,22 @@ def quantized(body: str = "", **more: str) -> str:
     """Section ``quantize`` with one key a line: the algorithm, the body, then ``more``."""
     keys = {"algorithm": "min_error", "body": body or scheme(), **more}
     return "quantize:\n" + "\n".join(f"  {key}: {value}" for key, value in keys.items())
+
+
+NPU = f"""\
+export: {{exporter: static}}
+npu: {{soc: sc8380xp, window: 64, cache: 256}}
+quantize: {{algorithm: static, body: {scheme(8, -1)}}}
+"""
+OPENVINO = f"""\
+export: {{exporter: openvino}}
+quantize:
+  algorithm: nncf
+  body: {scheme(4, 64)}
+  head: {scheme(8, -1)}
+  embedding: {scheme(8, -1)}
+  options: {{compress_config: {{ratio: 0.4}}}}
+"""
 
 
 # name: (target, the recipe from line 2 on, the line that is wrong, parts of the finding)
@@ -134,6 +152,36 @@ IMPOSSIBLE: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
         f"export:\n  exporter: optimum\n{quantized()}",
         3,
         ("optimum traces float32 graphs", "cuda computes in float16"),
+    ),
+    "a window of text that the cache cannot hold": (
+        "npu",
+        NPU + "validate: {window_tokens: 512, " + GATES,
+        5,
+        ("512 tokens", "cache of 256 slots"),
+    ),
+    "more decoded tokens than a window has": (
+        "npu",
+        NPU + "validate: {window_tokens: 128, decode_tokens: 128, " + GATES,
+        5,
+        ("less than the window of 128",),
+    ),
+    "options of an exporter that has none": (
+        "npu",
+        NPU.replace("exporter: static", "exporter: static, options: {target_opset: 21}"),
+        2,
+        ("exporter static takes no options",),
+    ),
+    "the head for all tokens in a static graph": (
+        "npu",
+        NPU.replace("exporter: static", "exporter: static, last_token_head: false"),
+        2,
+        ("for the last token only",),
+    ),
+    "more than all projections in 4 bits": (
+        "openvino",
+        OPENVINO.replace("ratio: 0.4", "ratio: 1.5"),
+        8,
+        ("at most 1, got 1.5",),
     ),
     "dynamic quantization on CUDA": (
         "cuda",

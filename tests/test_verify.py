@@ -222,6 +222,17 @@ def test_a_pipeline_of_stages_passes(package: Path) -> None:
     verify.package(with_decoder(package, pipeline_of({"front": first}, {"head": second}, sliding_window=WINDOWS)))
 
 
+def test_a_pipeline_names_what_it_fills_up_windows_with(package: Path) -> None:
+    folder = with_decoder(package, pipeline_of({"front": STAGE}, sliding_window=WINDOWS))
+    config = json.loads((folder / "genai_config.json").read_bytes())
+    del config["model"]["pad_token_id"]
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    seal(folder)
+    with pytest.raises(PackageError) as caught:
+        verify.package(folder)
+    assert caught.value.why == "`model.pad_token_id` is missing"
+
+
 # name: (the decoder, what is said)
 HOSTILE_PIPELINES: dict[str, tuple[dict[str, Any], str]] = {
     "a library of the backend": (

@@ -77,7 +77,7 @@ def test_a_model_of_integer_products_is_near_its_reference(
     out.mkdir()
     facts = quantizer.quantize(tmp_path / "float", checkpoint, out, scheme, lambda *_: None)
     body = sum(weight.role == "body" for weight in graph.weights(graph.load(tmp_path / "float" / "model.onnx")))
-    assert facts["operators"]["DynamicQuantizeMatMul"] == body > 0
+    assert facts["operators"]["MatMulIntegerToFloat"] == body > 0
     shutil.copyfile(tmp_path / "float" / "genai_config.json", out / "genai_config.json")
     model, opened = reference.load(checkpoint), session.open_package(out)
     ids = [int(token) for token in np.random.default_rng(3).integers(3, 250, 40)]
@@ -85,5 +85,5 @@ def test_a_model_of_integer_products_is_near_its_reference(
     whole, single = generate.prefill_logits(opened, ids), generate.decode_logits(opened, ids)
     for found in (whole, single):
         assert float(metrics.kl_divergence(wanted, metrics.log_softmax(found)).mean()) < 0.05
-    # A token's scale is its own: what stands beside it changes nothing but the order of sums.
-    assert float(metrics.kl_divergence(metrics.log_softmax(whole), metrics.log_softmax(single)).mean()) < 0.01
+    # A token's scale is its own: what stands beside it changes nothing but the order of sums, and with it a rounding.
+    assert float(metrics.kl_divergence(metrics.log_softmax(whole), metrics.log_softmax(single)).mean()) < 1e-3
