@@ -9,9 +9,10 @@ PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
+LLAMACPP := .venv-llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) cuda-runtime targets test test-all lint recipes verify serve bench clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) cuda-runtime targets test test-all lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -29,6 +30,14 @@ $(OPENVINO)/ready: pipeline/data/constraints-openvino.txt
 	@$(OPENVINO)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< olive-ai onnx openvino nncf optimum-intel
 	@# Required by optimum-intel, not used for text, and unloadable beside a torch that was built for processors alone.
 	@$(OPENVINO)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+# From its sources: a wheel that was compiled elsewhere would not use what this processor can do.
+$(LLAMACPP): $(LLAMACPP)/ready
+$(LLAMACPP)/ready: pipeline/data/constraints-llamacpp.txt
+	@rm -rf $(LLAMACPP) && $(PYTHON) -m venv $(LLAMACPP)
+	@echo "compiling llama.cpp into $(LLAMACPP) (once; needs a C++ compiler, and a quarter of an hour on two cores)"
+	@CMAKE_ARGS="-DGGML_NATIVE=ON $$CMAKE_ARGS" $(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama_cpp_python --constraint $< llama_cpp_python
 	@touch $@
 
 cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
@@ -63,11 +72,14 @@ recipes: $(READY) ## check every recipe, options of Olive passes included
 verify: $(READY) ## check $(PACKAGE) and replay its golden transcript here
 	@$(QWEN) verify $(PACKAGE) --replay
 
-bench: $(READY) ## time $(PACKAGE) against Olive's plain ModelBuilder INT4
-	@$(QWEN) bench $(PACKAGE) --against plain-olive
+bench: $(READY) ## time $(PACKAGE) against Olive's plain INT4 and, after `make .venv-llamacpp`, llama.cpp
+	@$(QWEN) bench $(PACKAGE) --against plain-olive --against llama.cpp
+
+report: $(READY) ## write artifacts/index.html: all packages side by side
+	@$(QWEN) report
 
 serve: ## not there yet: the server comes with a later version
 	@echo 'there is no server yet; `$(QWEN) generate $(PACKAGE) --prompt "..."` answers on the command line' >&2; exit 2
 
-clean: ## remove packages, store and caches; the virtual environment stays
+clean: ## remove packages, store and caches; the virtual environments stay
 	rm -rf artifacts/* artifacts/.store .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -105,9 +105,12 @@ class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
         hessians = Hessians(Path(config.checkpoint), config.calibration_windows, config.rotate)
 
         def quantize(path: str, values: Any, scheme: WeightScheme) -> BlockQuantized:
-            hessian = hessians.of(path) if scheme.bits == 4 else None
-            if hessian is None:
-                return blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
-            return gptq.quantize(values, hessian, scheme.bits, scheme.block_size, scheme.symmetric)
+            factor = hessians.factor(path) if scheme.bits == 4 else None
+            if factor is None:
+                made = blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
+            else:
+                made = gptq.quantize(values, factor, scheme.bits, scheme.block_size, scheme.symmetric)
+            hessians.replace(path, lambda: blockwise.dequantize(made, scheme.bits, values.shape[1]))
+            return made
 
         return {"quantize": quantize}

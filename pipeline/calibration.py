@@ -1,18 +1,25 @@
-"""What the weights of the reference see while it reads the calibration text: one Hessian for each kind of input.
+"""What the weights of a decoder see while it reads the calibration text: one Hessian for each kind of input.
 
-Layers are walked one at a time, so that one layer's Hessians are held and not the model's.
+Layers are walked one at a time, each in the order in which its projections are computed. A projection that has been
+quantized may be given back, and all that follow then see what they will see in the quantized model: errors do not pile
+up unseen (Frantar et al., 2022, quantize layers in sequence for this reason).
+
+Shapes in this module:
+    W: windows, T: tokens of each, K: input channels of a projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import reference, rotation, texts
+from pipeline import decoder, gptq, texts
 from pipeline.errors import StageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
 WINDOW_TOKENS = 512
@@ -29,10 +36,12 @@ _INPUT = {
     "down_proj": "gated",
     "lm_head": "head",
 }
+# Rows of a Hessian that are computed at once: it is symmetric, and what lies below its diagonal is copied.
+_ROWS = 1024
 
 
 class Hessians:
-    """Hessians of the projections, to be asked for in the order of the layers.
+    """Hessians of the projections, to be asked for in the order in which the model computes them.
 
     Args:
         checkpoint: directory of the reference.
@@ -41,92 +50,177 @@ class Hessians:
     """
 
     def __init__(self, checkpoint: Path, windows: int, rotate: bool = False) -> None:
-        loaded = reference.load(checkpoint)
-        if rotate:
-            rotation.rotate(loaded.model)
-        context = loaded.model.config.max_position_embeddings
-        self._count = len(loaded.model.model.layers)
-        self._layers = _walk(loaded.model, _read(loaded.tokenizer, windows, min(WINDOW_TOKENS, context)))
+        self._decoder = decoder.Decoder(checkpoint, rotate)
+        ids = _windows(checkpoint, windows)
+        self._order = [
+            *((layer, kind) for layer in range(self._decoder.count) for kind in ("attention", "heads", "mlp", "gated")),
+            (self._decoder.count, "head"),
+        ]
+        self._steps = self._walk(ids)
         self._at = -1
-        self._now: dict[str, torch.Tensor] = {}
+        self._layer: Any = None
+        self._now: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None
+        self._factor: gptq.Factor | None = None
 
     def of(self, path: str) -> torch.Tensor | None:
         """``sum(x xᵀ)`` (``[K, K]`` float32) over the inputs of a weight; ``None`` for the embedding.
 
         Raises:
-            StageError: the layer has been passed already.
+            StageError: what comes after the weight has been asked for already.
         """
-        parts = path.split(".")
-        kind = _INPUT.get(parts[-1])
+        step = self._step(path)
+        if step is None:
+            return None
+        self._advance(path, step)
+        if self._kept is None:
+            assert self._now is not None
+            self._kept = gram(self._now)
+        return self._kept
+
+    def factor(self, path: str) -> gptq.Factor | None:
+        """The factor of the Hessian `of` a weight."""
+        hessian = self.of(path)
+        if hessian is not None and self._factor is None:
+            self._factor = gptq.factor(hessian)
+        return self._factor if hessian is not None else None
+
+    def replace(self, path: str, weight: Callable[[], npt.NDArray[np.float32]]) -> None:
+        """Let the walk go on with another weight, if anything follows that sees it.
+
+        Args:
+            weight: gives it: ``[N, K]``, the rows of fused projections one after the other.
+
+        Raises:
+            StageError: what comes after the weight has been asked for already.
+        """
+        import torch
+
+        step = self._step(path)
+        if step is None:
+            return
+        self._advance(path, step)
+        if self._layer is None:
+            return
+        modules = decoder.projections(self._layer, path)
+        rows = torch.from_numpy(weight()).split([module.out_features for module in modules])
+        for module, part in zip(modules, rows, strict=True):
+            module.weight.data = part
+
+    def _advance(self, path: str, step: int) -> None:
+        if step < self._at:
+            layer, kind = self._order[self._at]
+            why = f"the graph's weights are not in the order in which layer {layer} computes them ({kind})"
+            raise StageError(f"{path} comes too late", why=why)
+        while self._at < step:
+            self._now = next(self._steps)
+            self._kept = self._factor = None
+            self._at += 1
+
+    def _step(self, path: str) -> int | None:
+        kind = _INPUT.get(path.rpartition(".")[2])
         if kind is None:
             return None
-        layer = next((int(part) for part in parts if part.isdigit()), self._count)
-        if layer < self._at:
-            raise StageError(
-                f"{path} comes after layer {self._at}", why="the graph's weights are not in the layers' order"
-            )
-        while self._at < layer:
-            self._now = next(self._layers)
-            self._at += 1
-        return self._now[kind]
+        layer = decoder.layer_of(path)
+        return self._order.index((self._decoder.count if layer is None else layer, kind))
+
+    def _walk(self, ids: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The inputs ``[W * T, K]`` of each step; between two of them weights may be replaced."""
+        import torch
+
+        with torch.inference_mode():
+            hidden = self._decoder.embed(ids)
+            rotary = self._decoder.rotary(hidden, ids.shape[1])
+        for layer in self._decoder.layers():
+            self._layer = layer
+            with torch.inference_mode():
+                normed = layer.input_layernorm(hidden)
+            yield normed.flatten(0, 1)
+            with torch.inference_mode():
+                heads = _input_of(layer.self_attn.o_proj, layer.self_attn, normed, position_embeddings=rotary)
+            yield heads.flatten(0, 1)
+            with torch.inference_mode():
+                hidden = hidden + layer.self_attn.o_proj(heads)
+                normed = layer.post_attention_layernorm(hidden)
+            yield normed.flatten(0, 1)
+            with torch.inference_mode():
+                gated = _input_of(layer.mlp.down_proj, layer.mlp, normed)
+            yield gated.flatten(0, 1)
+            with torch.inference_mode():
+                hidden += layer.mlp.down_proj(gated)
+        self._layer = None
+        with torch.inference_mode():
+            normed = self._decoder.last_norm(hidden)
+        yield normed.flatten(0, 1)
+
+
+def gram(inputs: torch.Tensor) -> torch.Tensor:
+    """``inputsᵀ inputs`` (``[K, K]``) of ``[S, K]``, of which one triangle is computed."""
+    import torch
+
+    columns = inputs.shape[1]
+    found = torch.empty(columns, columns)
+    with torch.inference_mode():
+        for start in range(0, columns, _ROWS):
+            stop = min(start + _ROWS, columns)
+            torch.mm(inputs[:, start:stop].t(), inputs[:, start:], out=found[start:stop, start:])
+            found[stop:, start:stop] = found[start:stop, stop:].t()
+    return found
 
 
 def windows(checkpoint: Path, count: int) -> list[list[int]]:
     """Token ids of ``count`` windows of calibration text, the domains taking turns."""
+    found: list[list[int]] = _windows(checkpoint, count).tolist()
+    return found
+
+
+def _windows(checkpoint: Path, count: int) -> torch.Tensor:
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     context = AutoConfig.from_pretrained(checkpoint, local_files_only=True).max_position_embeddings
-    found: list[list[int]] = _read(tokenizer, count, min(WINDOW_TOKENS, context)).tolist()
-    return found
+    return _read(tokenizer, count, min(WINDOW_TOKENS, context))
 
 
-def _read(tokenizer: Any, windows: int, length: int = WINDOW_TOKENS) -> torch.Tensor:
-    """Token ids ``[windows, length]``; the text is short, so there may be fewer windows."""
+def _read(tokenizer: Any, count: int, length: int = WINDOW_TOKENS) -> torch.Tensor:
+    """Token ids ``[W, T]``; the text is short, so there may be fewer windows.
+
+    Raises:
+        StageError: it is too short for one window.
+    """
     import torch
 
     corpus = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts.CALIBRATION.read().values()]
     rows: list[list[int]] = []
-    for turn in range(windows):
+    for turn in range(count):
         start = turn * length
         rows += [ids[start : start + length] for ids in corpus if len(ids) >= start + length]
-    return torch.tensor(rows[:windows])
+    if not rows:
+        raise StageError(f"the calibration text is too short for a window of {length} tokens of this tokenizer")
+    return torch.tensor(rows[:count])
 
 
-def _walk(model: Any, ids: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-    """Run the decoder layer by layer; yields each layer's Hessians by kind of input, and last the head's."""
+class _Reached(Exception):  # noqa: N818 - it is no error
+    """Ends a module's computation where what was wanted of it is known."""
+
+
+def _input_of(inner: Any, outer: Any, inputs: torch.Tensor, **more: Any) -> torch.Tensor:
+    """What ``outer``, given ``inputs`` (``[W, T, H]``), gives to ``inner``: ``[W, T, K]``; row by row, for memory."""
     import torch
 
-    decoder = model.model
-    with torch.inference_mode():
-        hidden = decoder.embed_tokens(ids)
-        positions = torch.arange(ids.shape[1])[None]
-        rotary = decoder.rotary_emb(hidden, positions)
-        for layer in decoder.layers:
-            found: dict[str, torch.Tensor] = {}
-            watched = {
-                "attention": layer.self_attn.q_proj,
-                "heads": layer.self_attn.o_proj,
-                "mlp": layer.mlp.gate_proj,
-                "gated": layer.mlp.down_proj,
-            }
-            hooks = [module.register_forward_pre_hook(_adder(found, kind)) for kind, module in watched.items()]
-            for row in range(len(hidden)):
-                out = layer(hidden[row : row + 1], position_ids=positions, position_embeddings=rotary)
-                hidden[row] = out[0] if isinstance(out, tuple) else out
-            for hook in hooks:
-                hook.remove()
-            yield found
-        inputs = decoder.norm(hidden).reshape(-1, hidden.shape[-1])
-        yield {"head": inputs.t() @ inputs}
+    found: list[torch.Tensor] = []
 
+    def stop(module: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ARG001
+        found.append(arguments[0])
+        raise _Reached
 
-def _adder(found: dict[str, torch.Tensor], kind: str) -> Any:
-    def add(module: Any, arguments: tuple[Any, ...]) -> None:  # noqa: ARG001
-        inputs = arguments[0].reshape(-1, arguments[0].shape[-1])
-        if kind in found:
-            found[kind].addmm_(inputs.t(), inputs)
-        else:
-            found[kind] = inputs.t() @ inputs
-
-    return add
+    hook = inner.register_forward_pre_hook(stop)
+    try:
+        for row in inputs:
+            try:
+                outer(row[None], **({**more, "attention_mask": None} if more else {}))
+            except _Reached:
+                continue
+    finally:
+        hook.remove()
+    return torch.cat(found)

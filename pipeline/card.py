@@ -19,7 +19,7 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
     """
     source, target, recipe = manifest["source"], manifest["target"], manifest["recipe"]
     languages = "".join(f"\n- {language}" for language in source["languages"])
-    scheme = _scheme(recipe.get("quantize", {}))
+    words = scheme(recipe.get("quantize", {}))
     rows = "\n".join(
         f"| {path} | {figures['mean_kl']:.4f} | {figures['p99_kl']:.3f} | {figures['top1']:.1%} "
         f"| {figures['perplexity']:.3f} ({figures['perplexity_ratio']:.3f} ×) |"
@@ -48,7 +48,7 @@ language:{languages or " []"}
 
 # {manifest["name"]}
 
-{recipe.get("description") or source["base_model"]}, as an ONNX package for onnxruntime-genai: {scheme}, {weights / 1e6:.0f} MB of weights,
+{recipe.get("description") or source["base_model"]}, as an ONNX package for onnxruntime-genai: {words}, {weights / 1e6:.0f} MB of weights,
 for {target["title"]} ({target["provider"]}, {target["dtype"]} activations).
 
 ## Check it, then run it
@@ -97,7 +97,7 @@ KL divergence is in nats a token.
 {domains}
 
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
-difference. `validation.json` has every figure, gate and answer.
+difference. `report.html` shows every figure, gate and answer, and `validation.json` has them for programs.
 
 {_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
 
@@ -111,7 +111,7 @@ for the texts they were measured on; measure on your own before you depend on th
 | base model | {source["base_model"]} |
 | checkpoint | sha256 `{source["sha256"]}` |
 | licence | {source["license"]} (see `LICENSE` and `NOTICE`) |
-| quantization | {scheme} |
+| quantization | {words} |
 | needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
@@ -163,11 +163,11 @@ def notice(manifest: Mapping[str, Any], original: str = "") -> str:
     return f"""This package contains {source["base_model"]}, licensed under {source["license"]} (see LICENSE).
 
 Changed from the original: the weights were converted to ONNX and quantized
-({_scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
+({scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
 """ + (f"\nThe notices of the original:\n\n{original}" if original else "")
 
 
-def _scheme(quantize: Mapping[str, Any]) -> str:
+def scheme(quantize: Mapping[str, Any]) -> str:
     """A few words on a scheme."""
     body = quantize.get("body")
     if not body:

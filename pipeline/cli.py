@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, commands
+from pipeline import __version__, bench_loop, commands
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -63,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(plan)
     _json_option(plan)
 
+    tune = _command(root, "tune", commands.tune, "find a scheme for each weight, and write it as a recipe")
+    tune.add_argument("recipe", type=Path)
+    tune.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="the smallest package within this mean KL divergence"
+    )
+    tune.add_argument(
+        "--max-bytes", type=int, metavar="N", help="the most faithful one with body weights within N bytes"
+    )
+    tune.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: RECIPE with -tuned)")
+    _store_option(tune)
+    _json_option(tune)
+
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
@@ -114,25 +126,53 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--top-p", type=float, default=0.8, help="(default: %(default)s)")
     generate.add_argument("--top-k", type=int, default=20, help="(default: %(default)s)")
     generate.add_argument("--seed", type=int)
+    text = "look drafts up in the prompt and verify many tokens at once: fast where an answer repeats it (greedy only)"
+    generate.add_argument("--lookup", action="store_true", help=text)
     generate.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
     _provider_option(generate)
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
-    bench = _command(root, "bench", commands.bench, "time packages against one another, or against other tools")
+    _bench_command(root)
+
+    report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
+    report.add_argument("folder", type=Path, nargs="?", default=ARTIFACTS, help="(default: %(default)s)")
+
+    attribute = _command(root, "attribute", commands.attribute, "tell where a package loses what it loses")
+    attribute.add_argument("package", type=Path)
+    attribute.add_argument("--trust", action="store_true", help="load the package without checking it first")
+    _store_option(attribute)
+    _json_option(attribute)
+
+    targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
+    _json_option(targets)
+
+
+def _bench_command(root: Any) -> None:
+    bench = _command(root, "bench", commands.bench, "time packages against one another, and against other tools")
     bench.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE")
-    bench.add_argument(
-        "--against", action="append", default=[], metavar="PEER", help="plain-olive: ModelBuilder's INT4"
-    )
+    against = "llama.cpp, plain-olive (ModelBuilder's INT4), torch or torch-bfloat16; may be given again"
+    bench.add_argument("--against", action="append", default=[], metavar="PEER", help=against)
+    for name, what, usual in (
+        ("prefill", "prompt lengths", bench_loop.PREFILL),
+        ("decode", "depths of context that answers are timed at", bench_loop.DECODE),
+    ):
+        text = f"{what}, in tokens (default: {','.join(map(str, usual))})"
+        bench.add_argument(f"--{name}", type=_lengths, default=usual, metavar="N,N...", help=text)
+    bench.add_argument("--quality", action="store_true", help="also how far each is from the checkpoint; minutes")
     bench.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
-    bench.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     bench.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="(default: PACKAGE.bench.json, beside the first)")
     bench.add_argument("--trust", action="store_true", help="load packages without checking them first")
     _store_option(bench)
     _json_option(bench)
 
-    targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
-    _json_option(targets)
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = tuple(int(part) for part in text.split(","))
+    if min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a length that is not positive")
+    return lengths
 
 
 def _command(root: Any, name: str, run: Command, text: str) -> argparse.ArgumentParser:

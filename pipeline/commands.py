@@ -38,7 +38,7 @@ def _open_store(options: argparse.Namespace) -> Store:
 
 
 def build(options: argparse.Namespace) -> int:
-    from pipeline import report, runner
+    from pipeline import index, report, runner
 
     loaded, steps = _load(options.recipe)
     store = _open_store(options)
@@ -47,6 +47,8 @@ def build(options: argparse.Namespace) -> int:
         artifacts = runner.build(steps, store, reporter)
         folder = options.out / loaded.name
         fresh = runner.install(artifacts["package"], folder, store)
+        with store.lock("index"):  # else a build that looked before another was done could write after it
+            page = index.write(options.out)
     except GateError as error:
         reporter.close()
         if not options.json:
@@ -63,6 +65,7 @@ def build(options: argparse.Namespace) -> int:
     elif options.prompt:
         print("unchanged since the last build, which has answered already")
     print(report.next_steps(folder))
+    print(f"       {page}  all packages side by side, in a browser")
     return 0
 
 
@@ -90,17 +93,24 @@ def _stream(
     sampling: Sampling | None = None,
     as_json: bool = False,
     provider: str = "",
+    lookup: bool = False,
 ) -> None:
     """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
     import time
 
-    from pipeline import chat, generate, session
+    from pipeline import chat, generate, session, speculation
 
     opened = session.open_package(folder, threads, provider)
+    counts = speculation.Counts()
+    tokens = (
+        speculation.stream(opened, prompt, limit, sampling, counts)
+        if lookup
+        else generate.stream(opened, prompt, limit, sampling)
+    )
     text = generate.TextStream(chat.load(folder))
     begin = time.perf_counter()
     first, count = 0.0, 0
-    for token in generate.stream(opened, prompt, limit, sampling):
+    for token in tokens:
         count += 1
         first = first or time.perf_counter() - begin
         piece = text.push(token)
@@ -112,12 +122,21 @@ def _stream(
     if as_json:
         ended = "length" if count == generate.room(opened, len(prompt), limit) else "eos"
         facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
-        times = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
+        times: dict[str, Any] = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
+        times |= {"lookup": asdict(counts)} if lookup else {}
         print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
         return
     print(text.rest(), flush=True)
     rate = f", {speed:.0f} tokens/s" if speed else ""
+    rate += f"; {counts.accepted} of {counts.drafted} drafted tokens accepted" if lookup else ""
     print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s{rate})", file=sys.stderr)
+
+
+def report(options: argparse.Namespace) -> int:
+    from pipeline import index
+
+    print(index.write(options.folder))
+    return 0
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -134,6 +153,28 @@ def plan(options: argparse.Namespace) -> int:
     else:
         print(report.plan(loaded.name, steps, cached, needed))
     runner.check(needed)
+    return 0
+
+
+def tune(options: argparse.Namespace) -> int:
+    from pipeline import recipe, report, tune
+
+    _positive(options, "max_kl", "max_bytes")
+    out = options.out or options.recipe.with_name(f"{options.recipe.stem}-tuned.yaml")
+    reporter = report.reporter(options.json)
+    try:
+        found = tune.tune(
+            recipe.load(options.recipe), _open_store(options), reporter, options.max_kl, options.max_bytes, out
+        )
+    finally:
+        reporter.close()
+    facts: dict[str, Any] = {"recipe": str(out), "body_bytes": found.size}
+    facts |= {"predicted_kl": found.predicted, "mean_kl": found.measured}
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    print(f"{out}: {found.size / 1e6:.0f} MB of body weights, mean KL {found.measured:.4f}")
+    print(f"next: qwen-onnx build {out}")
     return 0
 
 
@@ -274,49 +315,63 @@ def generate(options: argparse.Namespace) -> int:
         if options.raw
         else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
     )
-    _stream(
-        options.package, prompt, options.max_tokens, options.threads, sampling, options.json, provider=options.provider
-    )
+    given = options.threads, sampling, options.json, options.provider, options.lookup
+    _stream(options.package, prompt, options.max_tokens, *given)
     return 0
 
 
 def bench(options: argparse.Namespace) -> int:
-    from pipeline import bench, report, verify
+    from pipeline import bench, measured, peers, report, verify
 
-    _positive(options, "rounds", "prompt_tokens", "threads")
+    _positive(options, "rounds", "threads")
+    peers.check_names(options.against)
+    first: Path = options.packages[0].resolve()
+    out = options.out or measured.beside(first, "bench")
+    bench.check_place(out)
     paths = {path.resolve(): path for path in options.packages}
     names = [path.name for path in paths]
     packages = {str(given) if names.count(path.name) > 1 else path.name: given for path, given in paths.items()}
     if not options.trust:
         for path in packages.values():
             verify.check_runtime(verify.package(path))
-    packages |= {name: bench.peer(name, options.packages[0], _open_store(options)) for name in options.against}
-    runs = bench.compare(packages, options.rounds, options.prompt_tokens, options.threads)
-    figures = bench.summary(runs)
-    if options.json:
-        print(json.dumps(figures))
-        return 0
-    rows = [
-        (
-            name,
-            f"{entry['prefill']:.0f}",
-            f"{entry['decode']:.1f}",
-            f"{entry['peak_memory'] / 1e6:.0f}",
-            f"{entry['prefill_ratio']:.2f}" if "prefill_ratio" in entry else "",
-            f"{entry['decode_ratio']:.2f}" if "decode_ratio" in entry else "",
+    settings = bench.Settings(options.rounds, options.prefill, options.decode, options.threads or 0, options.quality)
+    data = bench.measure(packages, options.against, settings, _open_store(options), _aside)
+    bench.write(data, out)
+    print(json.dumps(data) if options.json else f"{report.bench(data)}\n\nwritten to {out}")
+    return 0
+
+
+def _aside(text: str) -> None:
+    """Tell how far a long command has come, where it is not mistaken for its result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def attribute(options: argparse.Namespace) -> int:
+    from pipeline import attribution, files, measured, report, verify
+
+    if not options.trust:
+        verify.check_runtime(verify.package(options.package))
+    reporter = report.reporter(options.json)
+    try:
+        found = attribution.attribute(
+            options.package, _open_store(options), lambda part, path: reporter.note(f"{part:4.0%}  {path}")
         )
-        for name, entry in figures.items()
-    ]
-    first = next(iter(packages))
-    print(f"medians of {options.rounds} interleaved runs; ratios are {first} / the other, pair by pair")
-    print(report.table(rows, ("PACKAGE", "PREFILL tok/s", "DECODE tok/s", "PEAK MB", "PREFILL ×", "DECODE ×")))
+    finally:
+        reporter.close()
+    path = measured.beside(options.package, "attribution")
+    files.publish(path, json.dumps(found, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print(report.attribution(found))
+    print(f"all of it: {path}")
     return 0
 
 
 def _positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < 1:
+        if value is not None and not value > 0:  # NaN is not positive either
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -91,45 +91,75 @@ def path_of(node: onnx.NodeProto, tensor: str) -> str:
     return ".".join(parts) or tensor
 
 
+LAST_LOGITS = "last_logits"
+"""The output with the logits of more last tokens than one, see `prune_head`."""
 _PRUNING = "/lm_head/last_token"
 
 
-def prune_head(model: onnx.ModelProto) -> None:
-    """Let the head see the last token of a prompt only: logits become ``[batch, 1, vocabulary]``.
+def prune_head(model: onnx.ModelProto, tokens: int = 1) -> None:
+    """Let the head see the last tokens of a prompt only: ``logits`` become ``[batch, 1, vocabulary]``, the last one's.
 
-    Generation needs no others, and 152 k float32 logits a token make prefill slow and large.
+    Generation needs no others, and 152 k float32 logits a token make prefill slow and large. The runtime takes logits
+    of one token or of all; with ``tokens`` above 1, those of the last ``min(tokens, sequence)`` go to an output of
+    their own, `LAST_LOGITS`, with which a draft can be verified in one forward.
 
     Raises:
         StageError: the graph has no output head.
     """
+    head = _head(model)
+    logits = head.output[0]
+    head.input[0] = _slice(model, head.input[0], f"{_PRUNING}/output_0", "Slice", -tokens, before=head)
+    _set_length(model, logits, 1)
+    if tokens > 1:
+        head.output[0] = LAST_LOGITS
+        _slice(model, LAST_LOGITS, logits, "Slice_1", -1)
+        model.graph.output.append(next(value for value in model.graph.output if value.name == logits))
+        model.graph.output[-1].name = LAST_LOGITS
+        _set_length(model, LAST_LOGITS, "last_sequence_length")
+
+
+def _slice(
+    model: onnx.ModelProto, source: str, result: str, name: str, start: int, before: onnx.NodeProto | None = None
+) -> str:
+    """Add a node that takes the tokens (axis 1) of ``source`` from ``start`` on; returns ``result``, its output."""
     import onnx
 
-    head = _head(model)
-    for suffix, value in (("starts", [-1]), ("ends", [2**63 - 1]), ("axes", [1])):
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), f"{_PRUNING}/{suffix}"))
-    inputs = [head.input[0], *(f"{_PRUNING}/{suffix}" for suffix in ("starts", "ends", "axes"))]
-    node = onnx.helper.make_node("Slice", inputs, [f"{_PRUNING}/output_0"], name=f"{_PRUNING}/Slice")
-    model.graph.node.insert(list(model.graph.node).index(head), node)
-    head.input[0] = node.output[0]
-    _set_length(model, head.output[0], 1)
+    inputs = [source]
+    for suffix, value in (("starts", start), ("ends", 2**63 - 1), ("axes", 1)):
+        inputs.append(f"{_PRUNING}/{name}/{suffix}")
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), inputs[-1]))
+    node = onnx.helper.make_node("Slice", inputs, [result], name=f"{_PRUNING}/{name}")
+    nodes = model.graph.node
+    nodes.insert(list(nodes).index(before) if before is not None else len(nodes), node)
+    return result
 
 
 def unprune_head(model: onnx.ModelProto) -> bool:
     """Undo `prune_head`, whatever passes have made of the head since; ``False`` when it already sees all tokens."""
-    for node in model.graph.node:
-        if node.name == f"{_PRUNING}/Slice":
-            for reader in model.graph.node:  # a quantizer may stand between it and the head
-                reader.input[:] = [node.input[0] if item == node.output[0] else item for item in reader.input]
-            model.graph.node.remove(node)
-            for tensor in [tensor for tensor in model.graph.initializer if tensor.name.startswith(f"{_PRUNING}/")]:
-                model.graph.initializer.remove(tensor)
-            for value in model.graph.output:
-                dims = value.type.tensor_type.shape.dim
-                if len(dims) == 3 and dims[1].dim_value == 1:  # the logits; caches have four dimensions
-                    _set_length(model, value.name, "sequence_length")
-                    break
-            return True
-    return False
+    nodes = {node.name: node for node in model.graph.node if node.name.startswith(f"{_PRUNING}/")}
+    if f"{_PRUNING}/Slice" not in nodes:
+        return False
+    before, after = nodes[f"{_PRUNING}/Slice"], nodes.get(f"{_PRUNING}/Slice_1")
+    for reader in model.graph.node:  # a quantizer may stand between it and the head
+        reader.input[:] = [before.input[0] if item == before.output[0] else item for item in reader.input]
+    logits = _pruned_logits(model)
+    if after is not None:
+        for value in [value for value in model.graph.output if value.name == after.input[0]]:
+            model.graph.output.remove(value)
+        for node in model.graph.node:
+            node.output[:] = [logits if item == after.input[0] else item for item in node.output]
+        model.graph.node.remove(after)
+    model.graph.node.remove(before)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name.startswith(f"{_PRUNING}/")]:
+        model.graph.initializer.remove(tensor)
+    _set_length(model, logits, "sequence_length")
+    return True
+
+
+def _pruned_logits(model: onnx.ModelProto) -> str:
+    """The output for one token; caches have four dimensions."""
+    shapes: dict[str, Any] = {value.name: value.type.tensor_type.shape.dim for value in model.graph.output}
+    return next(name for name, dims in shapes.items() if len(dims) == 3 and dims[1].dim_value == 1)
 
 
 def _set_length(model: onnx.ModelProto, logits: str, length: int | str) -> None:

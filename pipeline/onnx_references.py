@@ -1,4 +1,4 @@
-"""Which stretches of which files an ONNX graph refers to, read from its bytes with the standard library alone.
+"""Which stretches of which files an ONNX graph refers to, and its outputs, read with the standard library alone.
 
 A package is checked before anything loads it, and where nothing is installed that could: this reads the Protocol
 Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as external data needs (onnx.proto).
@@ -21,6 +21,7 @@ _NESTED: dict[str, dict[int, str]] = {
     "TrainingInfo": {1: "Graph", 2: "Graph"},
 }
 _EXTERNAL_DATA, _NAME = 13, 8  # fields of TensorProto
+_GRAPH, _OUTPUT, _OUTPUT_NAME = 7, 12, 1  # fields of ModelProto, GraphProto, ValueInfoProto
 _ATTRIBUTE_NAME, _ATTRIBUTE_STRING = 1, 4  # fields of AttributeProto
 # Attributes of EPContext nodes that name a file which the execution provider reads.
 _FILE_ATTRIBUTES = {"ep_cache_context"}
@@ -49,6 +50,20 @@ def read(data: bytes) -> list[Reference]:
             number; where parsers might differ in what they read, nothing is read.
     """
     return list(_walk(memoryview(data), "Model", 0))
+
+
+def outputs(data: bytes) -> list[str]:
+    """Names of the outputs of the model in ``data``.
+
+    Raises:
+        ValueError: the bytes are no ONNX model.
+    """
+    path = [memoryview(data)]
+    for wanted in (_GRAPH, _OUTPUT, _OUTPUT_NAME):
+        path = [
+            value for part in path for number, value in _fields(part) if number == wanted and not isinstance(value, int)
+        ]
+    return [bytes(name).decode("utf-8") for name in path]
 
 
 def _walk(data: memoryview, message: str, depth: int) -> Iterator[Reference]:

@@ -42,7 +42,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("checkpoint", 1, (), ("torch", "transformers", "gguf", "tokenizers", "peft", "safetensors")),
     Stage(
-        "export", 1, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
+        "export", 2, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
     ),
     Stage(
         "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
@@ -54,7 +54,7 @@ STAGES: tuple[Stage, ...] = (
         ("checkpoint", "quantize", "compile"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 4, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 5, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -168,7 +168,9 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
-        return {**recipe.export.model_dump(mode="json"), "provider": target.provider, "dtype": dtype, **npu}
+        draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
+        own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft}
+        return {**recipe.export.model_dump(mode="json"), **own, **npu}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
         fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}

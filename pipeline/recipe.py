@@ -114,6 +114,8 @@ class Export(Frozen):
         rotate: express the residual stream in a basis without outliers first (`pipeline.rotation`): the same function,
             easier to quantize.
         last_token_head: compute the head for the last token of a prompt only.
+        draft_tokens: and for so many tokens before it, which lets a draft of that length be verified in one forward
+            (`pipeline.speculation`); the target's own number when left out.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
@@ -121,6 +123,7 @@ class Export(Frozen):
     dtype: Literal["float32", "float16", "uint16"] | None = None
     rotate: bool = False
     last_token_head: bool = True
+    draft_tokens: Annotated[int, Field(ge=0, le=127)] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 

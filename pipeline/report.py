@@ -261,6 +261,34 @@ def _other_schemes(target: Target) -> list[str]:
     return ["W8A8"] * ("w8a8" in target.algorithms) + ["FP16"] * plain
 
 
+def bench(data: Mapping[str, Any]) -> str:
+    """The figures of a benchmark, those of the first subject over each other one's, and who is absent."""
+    first = data["subjects"][0]
+    speeds = [(path, length) for path in ("prefill", "decode") for length in first[path]]
+    rows, ratios = [], []
+    for entry in data["subjects"]:
+        speed = (f"{entry[path][length]:.{1 if path == 'decode' else 0}f}" for path, length in speeds)
+        times = (f"{entry['time_to_first_token']:.2f}", f"{entry['load']:.1f}")
+        sizes = (f"{entry[name] / 1e6:.0f}" for name in ("peak_memory", "bytes"))
+        far = (f"{entry[name]:.4f}" for name in ("mean_kl", "perplexity_ratio") if entry[name] is not None)
+        rows.append((entry["name"], *speed, *times, *sizes, *far))
+        if entry["ratios"]:
+            names = [f"{path}_{length}" for path, length in speeds] + ["time_to_first_token", "load", "peak_memory"]
+            ratios.append((entry["name"], *(f"{entry['ratios'][name]:.2f}" for name in names)))
+    header = [f"{path.upper()} {length}" for path, length in speeds] + ["FIRST s", "LOAD s", "PEAK MB"]
+    measured = ["MEAN KL", "PPL RATIO"] if first["mean_kl"] is not None else []
+    machine = data["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['threads']} threads, {machine['system']}",
+        f"medians of {data['rounds']} interleaved runs; tokens/s at prompt lengths and depths of context:",
+        table(rows, ("", *header, "SIZE MB", *measured)),
+    ]
+    if ratios:
+        lines += ["", f"{first['name']} / the other, median of the ratios of each round:", table(ratios, ("", *header))]
+    lines += [f"\nabsent: {entry['name']}: {entry['why']}" for entry in data["absent"]]
+    return "\n".join(lines)
+
+
 def package(folder: Path) -> str:
     """What was built and how good it is."""
     manifest = read_manifest(folder)
@@ -276,6 +304,26 @@ def next_steps(folder: Path) -> str:
         f'\nnext:  qwen-onnx generate {folder} --prompt "..."     ask it something\n'
         f"       qwen-onnx verify {folder} --replay           check it, here or where it is received\n"
         f"       {folder / 'README.md'}                       how an app loads it"
+    )
+
+
+def attribution(found: Mapping[str, Any], most: int = 10) -> str:
+    """Losses by step, and the weights that lose most."""
+    stages = [(stage["name"], f"{stage['kl']:.4f}") for stage in found["stages"]]
+    rows = sorted(found["rows"], key=lambda row: -row["kl"])
+    alone = sum(row["kl"] for row in rows) or 1.0
+    shown = [
+        (row["path"], f"{row['bits']}-bit/{row['block_size']}", f"{row['kl']:.5f}", f"{row['kl'] / alone:.1%}")
+        for row in rows[:most]
+    ]
+    return "\n".join(
+        (
+            f"mean KL {found['total_kl']:.4f} nats a token",
+            table(stages, ("STEP", "KL")),
+            "",
+            f"the {len(shown)} weights of {len(rows)} that lose most, each alone:",
+            table(shown, ("WEIGHT", "SCHEME", "KL", "OF ALL")),
+        )
     )
 
 

@@ -103,6 +103,7 @@ class Target:
         compiled: whether graphs are compiled ahead of time, for one chip.
         isolated: whether graphs and weights are made in an environment of their own (`pipeline.isolated`).
         missing: why it cannot be built; empty when it can.
+        draft_tokens: longest draft that its packages verify at once, unless a recipe has another.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Target:
     compiled: bool = False
     isolated: bool = False
     missing: str = ""
+    draft_tokens: int = 0
 
 
 _FINE = (16, 32, 64, 128, 256)
@@ -141,6 +143,9 @@ TARGETS: dict[str, Target] = {
             kernels=Kernels({4: _FINE, 8: (-1, *_FINE)}),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS"),
             algorithms=("gptq", "min_error", "rtn", "k_quant", "dynamic", "w8a8", "none"),
+            # Costs a prefill the head of 15 more tokens, and decoding nothing. From a GPU, the runtime would copy these
+            # logits to the processor at every token, and could not capture its graph.
+            draft_tokens=15,
         ),
         Target(
             name="cuda",
@@ -315,6 +320,8 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
             yield ("export", "options"), f"exporter {exporter} takes no options: remove `options`"
         if export.get("last_token_head") is False:
             yield ("export", "last_token_head"), f"exporter {exporter} always computes the head for the last token only"
+        if export.get("draft_tokens"):
+            yield ("export", "draft_tokens"), f"exporter {exporter} always computes the head for the last token only"
     elif exporter == "optimum" and "float32" not in target.dtypes:
         yield ("export", "exporter"), f"optimum traces float32 graphs; {target.name} computes in {target.dtypes[0]}"
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+# Threads that wait do not spin: tests may share their cores, and spinning ones then take a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"

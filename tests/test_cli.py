@@ -54,7 +54,7 @@ def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path)
         (["generate", "nowhere", "--prompt", "x", "--seed", "-1"], 2, "seed -1 is not in"),
         (["generate", "nowhere", "--prompt", ""], 2, "the prompt is empty"),
         (["bench", "nowhere", "--rounds", "0"], 2, "--rounds 0 is not positive"),
-        (["bench", "nowhere", "--prompt-tokens", "0"], 2, "--prompt-tokens 0 is not positive"),
+        (["bench", "nowhere", "--threads", "0"], 2, "--threads 0 is not positive"),
         (["bench", "nowhere"], 9, "there is no package directory nowhere"),
     ],
 )

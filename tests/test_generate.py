@@ -176,21 +176,6 @@ def test_an_answer_for_machines_is_a_token_a_line_and_a_summary(
 
 
 @pytest.mark.slow
-def test_a_benchmark_compares_packages_pair_by_pair(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    twin = package.parent / "twin" / package.name
-    shutil.copytree(package, twin)
-    arguments = ["bench", str(package), str(twin), "--trust", "--rounds", "1", "--threads", "1", "--json"]
-    assert cli.main([*arguments, "--prompt-tokens", "8"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert list(figures) == [str(package), str(twin)]
-    first, second = figures.values()
-    assert second["prefill_ratio"] == pytest.approx(first["prefill"] / second["prefill"])
-    assert second["decode_ratio"] == pytest.approx(first["decode"] / second["decode"])
-    assert cli.main([*arguments, "--prompt-tokens", "512"]) == 2
-    assert "do not fit" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "{}", '{"model": {}}', '{"model": null}'])
 def test_a_configuration_without_its_facts_is_refused(package: Path, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "package"

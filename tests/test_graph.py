@@ -65,14 +65,14 @@ def write_model(folder: Path, constants: dict[str, np.ndarray[Any, Any]] | None 
     return graph.load(folder / "model.onnx")
 
 
-def run(folder: Path, model: onnx.ModelProto | None = None) -> np.ndarray[Any, Any]:
-    """Logits of ONNX Runtime; ``model`` is saved into ``folder`` first."""
+def run(folder: Path, model: onnx.ModelProto | None = None, output: str = "logits") -> np.ndarray[Any, Any]:
+    """An output of ONNX Runtime; ``model`` is saved into ``folder`` first."""
     import onnxruntime
 
     if model is not None:
         onnx.save(model, str(folder / "model.onnx"))
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    logits: np.ndarray[Any, Any] = session.run(["logits"], {"input_ids": IDS, "position": np.array([2])})[0]
+    logits: np.ndarray[Any, Any] = session.run([output], {"input_ids": IDS, "position": np.array([2])})[0]
     return logits
 
 
@@ -103,16 +103,21 @@ def test_weights_are_the_constant_matrices_with_the_modules_names_and_roles(tmp_
 
 
 @pytest.mark.slow
-def test_a_pruned_head_gives_the_last_token_s_logits_and_pruning_can_be_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_pruned_head_gives_the_last_tokens_logits_and_pruning_can_be_undone(tmp_path: Path, tokens: int) -> None:
     model = write_model(tmp_path)
     before = model.SerializeToString()
     whole = run(tmp_path)
     np.testing.assert_allclose(whole, expected(values()), rtol=1e-4, atol=1e-2)
     assert not graph.unprune_head(model)
 
-    graph.prune_head(model)
+    graph.prune_head(model, tokens)
     assert run(tmp_path, model) == pytest.approx(whole[:, -1:], rel=1e-5, abs=1e-2)
     assert [dim.dim_value or dim.dim_param for dim in model.graph.output[0].type.tensor_type.shape.dim][1:] == [1, 48]
+    assert (graph.LAST_LOGITS in graph.interface(model)[1]) is (tokens > 1)
+    if tokens > 1:
+        found = run(tmp_path, model, graph.LAST_LOGITS)
+        assert found == pytest.approx(whole[:, -tokens:], rel=1e-5, abs=1e-2)
 
     assert graph.unprune_head(model)
     assert model.SerializeToString() == before

@@ -56,6 +56,7 @@ def run_export(
         "dtype": "float32",
         "rotate": rotate,
         "last_token_head": True,
+        "draft_tokens": 15,
         "options": options or {},
         "provider": "CPUExecutionProvider",
     }

@@ -446,7 +446,8 @@ checkpoint:
   languages: [en]
 architecture:
   {{model_type: qwen3, {SIZES}}}
-export: {{exporter: optimum, dtype: float32, rotate: true, last_token_head: false, options: {{a: [1]}}}}
+export:
+  {{exporter: optimum, dtype: float32, rotate: true, last_token_head: false, draft_tokens: 7, options: {{a: [1]}}}}
 quantize:
   algorithm: rtn
   head: {SCHEME}

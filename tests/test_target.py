@@ -177,6 +177,12 @@ IMPOSSIBLE: dict[str, tuple[str, str, int, tuple[str, ...]]] = {
         2,
         ("for the last token only",),
     ),
+    "drafts for a static graph": (
+        "npu",
+        NPU.replace("exporter: static", "exporter: static, draft_tokens: 7"),
+        2,
+        ("for the last token only",),
+    ),
     "more than all projections in 4 bits": (
         "openvino",
         OPENVINO.replace("ratio: 0.4", "ratio: 1.5"),

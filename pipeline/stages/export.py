@@ -63,7 +63,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     inputs_before = graph.interface(model)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         if spec.last_token_head:
-            graph.prune_head(model)
+            graph.prune_head(model, 1 + (spec.draft_tokens or 0))
         graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, replay, verify
+from pipeline import card, digest, html_report, replay, verify
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -53,15 +53,22 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     original = own.read_text(encoding="utf-8", errors="replace") if own else ""
     (out_dir / "NOTICE").write_text(card.notice(manifest, original), encoding="utf-8")
     progress(0.9, "digests")
-    files = {path.name: path for path in sorted(out_dir.iterdir())}
-    sums = {name: digest.of_file(path) for name, path in files.items()}
-    manifest["files"] = {name: {"size": path.stat().st_size, "sha256": sums[name]} for name, path in files.items()}
+    manifest["files"] = {path.name: _entry(path) for path in sorted(out_dir.iterdir())}
+    report = out_dir / html_report.REPORT
+    report.write_text(html_report.page(manifest, validation), encoding="utf-8")
+    manifest["files"][report.name] = _entry(report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
     (out_dir / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     sums[MANIFEST] = digest.of_file(out_dir / MANIFEST)
     (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
     verify.package(out_dir)
-    return Result({"name": step.fields["name"], "weights": size, "files": len(files) + 2})
+    return Result({"name": step.fields["name"], "weights": size, "files": len(sums) + 1})
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"size": path.stat().st_size, "sha256": digest.of_file(path)}
 
 
 def _shipped(model: Artifact) -> dict[str, Path]:
@@ -116,6 +123,7 @@ def _describe(step: Step, inputs: Mapping[str, Artifact], executed: Mapping[str,
             "sha256": fields["sha256"],
         },
         "recipe": fields["recipe"],
+        "quantization": dict(inputs["quantize"].facts),
         "steps": {name: {"key": artifact.key, "digest": artifact.digest} for name, artifact in inputs.items()}
         | {"package": {"key": step.key}},
         "tools": fields["tools"],

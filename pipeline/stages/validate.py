@@ -294,6 +294,6 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
     }
     fix = advice.get(
         str(quantized.get("algorithm")),
-        "symmetric: false, a smaller block_size, or 8 bits for some weights by an override",
+        "`qwen-onnx tune`, which finds the weights that need more bits; or symmetric: false, or a smaller block_size",
     )
     return GateError("the model does not reproduce its reference", why="; ".join(rows), fix=f"try {fix}")

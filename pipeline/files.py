@@ -1,0 +1,32 @@
+"""Files that are there as a whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from pipeline.errors import ResourceError
+
+
+def publish(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` (UTF-8), replacing what is there at once; its folder is made where it is missing.
+
+    Raises:
+        ResourceError: it cannot be written; what was there is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written", why=str(error), fix="free some space, or give another place"
+        ) from None
