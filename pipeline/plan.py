@@ -269,7 +269,7 @@ def _context(loaded: Loaded) -> dict[str, Any]:
 _QUANTIZING = {
     "none": (0.0, 6),
     "min_error": (0.0, 14),
-    "gptq": (1.6, 70),
+    "gptq": (0.0, 58),
     "rtn": (1.6, 20),
     "k_quant": (4.0, 100),
     "dynamic": (4.0, 60),

@@ -214,23 +214,22 @@ def _ranked_first(rows: npt.NDArray[Any], ids: Sequence[int], penalty: float) ->
 def independent(session: Session, ids: Sequence[int]) -> bool:
     """Whether the logits after a token are the same bits however many tokens are fed with it, two or more.
 
-    Compared are pieces of two tokens with one piece of every other length that drafts lead to; kernels that depend on
-    it sum in another order, which shows in almost every logit.
+    Compared are pieces of two tokens with one piece of every other length that drafts lead to, and with all at once.
+    Kernels that depend on it sum in another order, which shows in almost every logit.
 
     Args:
-        ids: any text of at least ``LONGEST + 2`` tokens.
+        ids: any text of more than ``LONGEST + 3`` tokens.
     """
     output, generator = _output(session), generate.start(session, len(ids))
-    prefix = len(ids) - LONGEST - 1
+    tail = LONGEST + 1
+    prefix = len(ids) - tail
 
-    def rows(size: int, count: int) -> npt.NDArray[Any]:
-        generator.rewind_to(prefix)
-        parts = []
-        for start in range(prefix, prefix + count, size):
-            generator.append_tokens(np.asarray(ids[start : start + size], np.int32))
-            parts.append(np.asarray(generator.get_output(output))[0, -size:])
-        return np.concatenate(parts)
+    def rows(start: int, size: int) -> npt.NDArray[Any]:
+        generator.rewind_to(start)
+        generator.append_tokens(np.asarray(ids[start : start + size], np.int32))
+        return np.asarray(generator.get_output(output))[0, -min(size, tail) :]
 
-    generator.append_tokens(np.asarray(ids[:prefix], np.int32))
-    twos = rows(2, LONGEST + 1)
-    return all(np.array_equal(rows(size, size), twos[:size]) for size in range(3, LONGEST + 2))
+    generator.append_tokens(np.asarray(ids, np.int32))
+    twos = np.concatenate([rows(start, 2) for start in range(prefix, len(ids), 2)])
+    pieces = all(np.array_equal(rows(prefix, size), twos[:size]) for size in range(3, tail + 1))
+    return pieces and np.array_equal(rows(0, len(ids)), twos)
