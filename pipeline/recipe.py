@@ -156,6 +156,8 @@ class Gates(Frozen):
         top1: lower bound of top-1 agreement.
         perplexity_ratio: upper bound of perplexity(package) / perplexity(reference).
         greedy: lower bound of the share of greedy tokens before the first divergence.
+        runaway: how many answers may run on where the reference's end. A model that has lost its end token does so in
+            all; one of 4 bits may, at a near tie, take another path in one, and repeat itself there.
     """
 
     mean_kl: Positive
@@ -163,6 +165,7 @@ class Gates(Frozen):
     top1: Share
     perplexity_ratio: Positive
     greedy: Share = 0.0
+    runaway: Annotated[int, Field(ge=0)] = 0
 
 
 class Validate(Frozen):

@@ -463,7 +463,7 @@ validate:
   decode_tokens: 8
   greedy_tokens: 1
   answers: 1
-  gates: {{p99_kl: 1, greedy: 0.5}}
+  gates: {{p99_kl: 1, greedy: 0.5, runaway: 1}}
 generation: {{context_length: 64, do_sample: true, temperature: 1, top_p: 1, top_k: 1}}
 """
 

@@ -94,6 +94,20 @@ def test_a_gate_that_the_recipe_leaves_out_is_not_asked() -> None:
     assert {gate["path"] for gate in found if gate["metric"] == "mean_kl"} == {"prefill", "decode"}
 
 
+def test_one_answer_may_run_on_where_the_recipe_says_so_but_not_all_of_them() -> None:
+    data = copy.deepcopy(GOOD)
+    data["greedy"]["answers"] *= 2
+    data["greedy"]["answers"][0] = {**data["greedy"]["answers"][0], "ended": False}
+    wanted = WANTED.model_copy(update={"runaway": 1})
+
+    def passed() -> bool:
+        return next(gate["passed"] for gate in validate.gates(data, wanted) if gate["metric"] == "runaway_answers")
+
+    assert passed()
+    data["greedy"]["answers"][1] = data["greedy"]["answers"][0]
+    assert not passed()
+
+
 def test_all_failures_are_told_together_with_advice_for_the_algorithm() -> None:
     data = _report(lambda d: (d["decode"].update(mean_kl=1.0), d["greedy"].update(agreement=0.0)))
     error = validate._refusal(data, {"algorithm": "gptq"})

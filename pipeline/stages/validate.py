@@ -261,7 +261,7 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
         found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
     found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
     runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
-    found.append(_gate("runaway_answers", "decode", runaway, 0, "max"))
+    found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
     found.append(_gate("eos_mismatches", "", missing_eos, 0, "max"))
     for key in ("tokenizer", "chat_template"):
