@@ -114,10 +114,21 @@ def chatter_aside() -> Iterator[None]:
 
 def provider_of(config: Mapping[str, Any]) -> str:
     """The first provider that a ``genai_config.json`` asks for, also in stages of a pipeline; else ``cpu``."""
-    decoder = config["model"]["decoder"]
-    parts = [decoder, *(stage for group in decoder.get("pipeline", ()) for stage in group.values())]
-    options = [entry for part in parts for entry in part.get("session_options", {}).get("provider_options", ())]
+    options = [
+        entry for part in _parts(config) for entry in part.get("session_options", {}).get("provider_options", ())
+    ]
     return str(next(iter(options[0]))) if options else "cpu"
+
+
+def graphs_of(config: Mapping[str, Any]) -> list[str]:
+    """The files of the graphs that a ``genai_config.json`` names."""
+    return [part["filename"] for part in _parts(config) if "filename" in part]
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The decoder, and its stages if it is a pipeline."""
+    decoder = config["model"]["decoder"]
+    return [decoder, *(stage for group in decoder.get("pipeline", ()) for stage in group.values())]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.artifact import read_manifest
 from pipeline.errors import PackageError, RuntimeMissing
-from pipeline.replay import chatter_aside, configure, provider_of, unrunnable
+from pipeline.replay import chatter_aside, configure, graphs_of, provider_of, unrunnable
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
     if None in facts:
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
+    if absent := [name for name in graphs_of(config) if not (package / name).is_file()]:
+        raise PackageError(f"{package} cannot be loaded", why=f"{', '.join(absent)} is not there")
     if problem := unrunnable(package, config, provider):
         raise RuntimeMissing(f"{package} cannot be run here", why=problem, fix="run it on the chip it is compiled for")
     try:

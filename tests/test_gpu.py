@@ -347,12 +347,12 @@ def test_gptq_of_a_float16_weight_is_that_of_its_values_with_float16_scales(symm
     generator = np.random.default_rng(0)
     weight = generator.normal(0, 0.02, (48, 128)).astype(np.float16)
     inputs = (generator.normal(size=(512, 128)) @ generator.normal(size=(128, 128))).astype(np.float32)
-    hessian = torch.from_numpy(inputs.T @ inputs)
-    found = gptq.quantize(weight, hessian, 4, 32, symmetric)
+    factor = gptq.factor(torch.from_numpy(inputs.T @ inputs))
+    found = gptq.quantize(weight, factor, 4, 32, symmetric)
     assert found.scale.dtype == np.float16
     assert found.packed.shape == (48, 4, 16)
     values = weight.astype(np.float32)
-    exact, plain = gptq.quantize(values, hessian, 4, 32, symmetric), blockwise.quantize(weight, 4, 32, symmetric)
+    exact, plain = gptq.quantize(values, factor, 4, 32, symmetric), blockwise.quantize(weight, 4, 32, symmetric)
 
     def loss(given: blockwise.BlockQuantized) -> float:
         return float(np.square(inputs @ (blockwise.dequantize(given, 4, 128) - values).T).sum())

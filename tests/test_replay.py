@@ -118,7 +118,8 @@ def packages(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPa
             "greedy_tokens": 8,
             "gates": {"mean_kl": 0.3, "p99_kl": 5.0, "top1": 0.8, "perplexity_ratio": 1.5},
         }
-        quantize = {"algorithm": scheme, "overrides": []} if scheme != "none" else {"algorithm": scheme}
+        narrow = {"head": {"bits": 8, "block_size": 64, "symmetric": True}, "overrides": []}
+        quantize = {"algorithm": scheme, **(narrow if scheme != "none" else {})}
         artifacts: dict[str, Artifact] = {}
         for step in steps_of(folder, checkpoint_of("qwen2"), name, scheme, validate=validate, quantize=quantize):
             artifacts[step.stage] = run(step, artifacts, folder / step.stage)
