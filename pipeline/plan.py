@@ -42,7 +42,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("checkpoint", 1, (), ("torch", "transformers", "gguf", "tokenizers", "peft", "safetensors")),
     Stage(
-        "export", 2, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
+        "export", 3, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
     ),
     Stage(
         "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")

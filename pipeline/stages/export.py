@@ -13,6 +13,7 @@ from pipeline import (
     graph_weights,
     olive,
     reference,
+    rotary,
     rotation,
     static_decoder,
     static_export,
@@ -64,6 +65,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         if spec.last_token_head:
             graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        # GPUs' runtimes do not all fold constants, and there the tables are half as large.
+        computed = step.fields["dtype"] == "float32" and rotary.compute_tables(model, work, source / "config.json")
         graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
@@ -76,6 +79,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
             "inputs": len(inputs_before[0]),
             "operators": graph.operators(model),
+            "computed_rotary_tables": computed,
         }
     )
 
