@@ -16,22 +16,33 @@ from pipeline.scheme import WeightScheme
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a weight: its size in bytes, and the KL divergence (nats) that it costs alone."""
+    """One way to store a weight.
+
+    Attributes:
+        scheme: of its blocks.
+        size: bytes.
+        loss: KL divergence (nats) that it costs alone.
+        time: of its product with one token, in seconds.
+    """
 
     scheme: WeightScheme
     size: int
     loss: float
+    time: float = 0.0
 
 
 def allocate(
-    options: Mapping[str, Sequence[Option]], max_loss: float | None = None, max_size: int | None = None
+    options: Mapping[str, Sequence[Option]],
+    max_loss: float | None = None,
+    max_size: float | None = None,
+    max_time: float | None = None,
 ) -> dict[str, Option]:
-    """An option for each weight, so that the sum of losses or of sizes keeps to its bound.
+    """An option for each weight, so that the sums of losses, sizes and times keep to their bounds.
 
     Args:
         options: of each weight, in any order.
         max_loss: take steps until the sum of losses is at most that.
-        max_size: take steps while the sum of sizes is at most that.
+        max_size, max_time: take steps while the sum of sizes, and of times, is at most that.
 
     Returns:
         the choice; where no choice keeps to ``max_loss``, the one of least loss, and where none keeps to ``max_size``,
@@ -41,6 +52,7 @@ def allocate(
     chosen = {path: hull[0] for path, hull in hulls.items()}
     loss = sum(option.loss for option in chosen.values())
     size = sum(option.size for option in chosen.values())
+    time = sum(option.time for option in chosen.values())
     steps = [
         ((before.loss - after.loss) / (after.size - before.size), path, before, after)
         for path, hull in hulls.items()
@@ -50,12 +62,15 @@ def allocate(
     for _, path, before, after in sorted(steps, key=lambda step: (-step[0], step[1])):
         if max_loss is not None and loss <= max_loss:
             break
-        if path in stuck or (max_size is not None and size + after.size - before.size > max_size):
+        too_large = max_size is not None and size + after.size - before.size > max_size
+        too_slow = max_time is not None and time + after.time - before.time > max_time
+        if path in stuck or too_large or too_slow:
             stuck.add(path)
             continue
         chosen[path] = after
         loss += after.loss - before.loss
         size += after.size - before.size
+        time += after.time - before.time
     return chosen
 
 

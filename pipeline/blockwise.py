@@ -52,6 +52,13 @@ class BlockQuantized:
         return self.packed.nbytes + self.scale.nbytes + zero
 
 
+def nbytes(rows: int, columns: int, bits: int, block_size: int, symmetric: bool, scale_bytes: int = 4) -> int:
+    """Bytes of a quantized weight ``[rows, columns]``: codes, scales and zero points."""
+    groups = -(-columns // block_size)
+    zero = 0 if symmetric else -(-groups * bits // 8)
+    return rows * (groups * (block_size * bits // 8 + scale_bytes) + zero)
+
+
 def quantize(
     weight: npt.NDArray[Any],
     bits: int,

@@ -154,6 +154,15 @@ class Hessians:
         yield normed.flatten(0, 1)
 
 
+def loss(hessian: torch.Tensor | None, difference: npt.NDArray[np.float32]) -> float:
+    """``sum |d x|²`` over the inputs behind a Hessian (``[K, K]``), for a difference ``d`` of weights (``[N, K]``)."""
+    import torch
+
+    assert hessian is not None  # only the embedding has none
+    given = torch.from_numpy(difference)
+    return float(torch.mm(given, hessian).mul_(given).sum(dtype=torch.float64))
+
+
 def gram(inputs: torch.Tensor) -> torch.Tensor:
     """``inputsᵀ inputs`` (``[K, K]``) of ``[S, K]``, of which one triangle is computed."""
     import torch

@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-kl", type=float, metavar="NATS", help="the smallest package within this mean KL divergence"
     )
     tune.add_argument(
-        "--max-bytes", type=int, metavar="N", help="the most faithful one with body weights within N bytes"
+        "--max-bytes", type=int, metavar="N", help="with weights within N bytes; without --max-kl the most faithful"
+    )
+    tune.add_argument(
+        "--min-decode-ratio", type=float, metavar="R", help="at least R times as fast a token as the fastest scheme"
     )
     tune.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: RECIPE with -tuned)")
     _store_option(tune)

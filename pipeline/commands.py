@@ -38,7 +38,7 @@ def _open_store(options: argparse.Namespace) -> Store:
 
 
 def build(options: argparse.Namespace) -> int:
-    from pipeline import index, report, runner
+    from pipeline import index, report, runner, tune
 
     loaded, steps = _load(options.recipe)
     store = _open_store(options)
@@ -51,9 +51,11 @@ def build(options: argparse.Namespace) -> int:
             page = index.write(options.out)
     except GateError as error:
         reporter.close()
+        validation = json.loads(Path(error.where).read_bytes())
         if not options.json:
-            print(report.validation(json.loads(Path(error.where).read_bytes())))
-        raise
+            print(report.validation(validation))
+        fix = tune.repair(loaded, store, validation) or error.fix
+        raise GateError(error.what, where=error.where, why=error.why, fix=fix) from None
     finally:
         reporter.close()
     if options.json:
@@ -159,21 +161,23 @@ def plan(options: argparse.Namespace) -> int:
 def tune(options: argparse.Namespace) -> int:
     from pipeline import recipe, report, tune
 
-    _positive(options, "max_kl", "max_bytes")
+    _positive(options, "max_kl", "max_bytes", "min_decode_ratio")
     out = options.out or options.recipe.with_name(f"{options.recipe.stem}-tuned.yaml")
+    loaded = recipe.load(options.recipe)
+    given = {key: getattr(options, key) for key in recipe.Objective.model_fields}
+    if (options.min_decode_ratio or 0) > 1:
+        raise UsageError("--min-decode-ratio is above 1", why="nothing is faster than each weight's fastest scheme")
+    asked = recipe.Objective(**given) if any(given.values()) else loaded.recipe.objective
     reporter = report.reporter(options.json)
     try:
-        found = tune.tune(
-            recipe.load(options.recipe), _open_store(options), reporter, options.max_kl, options.max_bytes, out
-        )
+        found = tune.tune(loaded, _open_store(options), reporter, asked, out)
     finally:
         reporter.close()
-    facts: dict[str, Any] = {"recipe": str(out), "body_bytes": found.size}
-    facts |= {"predicted_kl": found.predicted, "mean_kl": found.measured}
     if options.json:
-        print(json.dumps(facts))
+        facts = {"recipe": str(out), "bytes": found.size, "predicted_kl": found.predicted, "mean_kl": found.measured}
+        print(json.dumps({**facts, "decode_ratio": round(found.decode_ratio, 3)}))
         return 0
-    print(f"{out}: {found.size / 1e6:.0f} MB of body weights, mean KL {found.measured:.4f}")
+    print(f"{out}: {found.size / 1e6:.0f} MB of weights, mean KL {found.measured:.4f}")
     print(f"next: qwen-onnx build {out}")
     return 0
 

@@ -195,6 +195,20 @@ class Generation(Frozen):
     top_k: Annotated[int, Field(ge=1)] = 20
 
 
+class Objective(Frozen):
+    """What `qwen-onnx tune` looks for; building the recipe does not depend on it.
+
+    Attributes:
+        max_kl: the smallest scheme that loses at most so many nats a token.
+        max_bytes: of all weights, head and embedding included.
+        min_decode_ratio: how fast a token is multiplied with the weights, against the fastest scheme of each weight.
+    """
+
+    max_kl: Positive | None = None
+    max_bytes: Annotated[int, Field(gt=0)] | None = None
+    min_decode_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
 class Recipe(Frozen):
     """What is built: one checkpoint, one export, one scheme, one target, one set of gates."""
 
@@ -207,6 +221,7 @@ class Recipe(Frozen):
     quantize: Scheme
     validation: Annotated[Validate, Field(alias="validate")]
     generation: Generation = Generation()
+    objective: Objective = Objective()
 
 
 WheelSource.model_rebuild()

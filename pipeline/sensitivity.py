@@ -28,7 +28,11 @@ Values = Callable[[], "npt.NDArray[np.float32]"]
 
 
 def measure(
-    reference: Reference, weights: Mapping[str, Values], ids: Sequence[Sequence[int]], progress: Progress
+    reference: Reference,
+    weights: Mapping[str, Values],
+    ids: Sequence[Sequence[int]],
+    progress: Progress,
+    shared: bool = False,
 ) -> dict[str, float]:
     """Mean KL divergence (nats a token) of the reference from itself with one weight replaced, for each weight.
 
@@ -37,6 +41,7 @@ def measure(
         weights: by path, as the exporters write them (``model.layers.3.mlp.down_proj``).
         ids: ``[W, T]`` token ids.
         progress: called after each weight, with its path.
+        shared: whether the embedding is gathered from the head.
 
     Raises:
         StageError: the model has no such weight.
@@ -63,9 +68,13 @@ def measure(
         for done, (path, values) in enumerate(weights.items()):
             index = decoder.layer_of(path)
             modules = _modules(model, path)
-            kept = [module.weight for module in modules]
+            both = shared and path == HEAD
+            kept = [module.weight for module in (*modules, *([body.embed_tokens] if both else []))]
             _replace(modules, values())
-            if path == EMBEDDING:
+            if both:
+                modules.append(body.embed_tokens)
+                body.embed_tokens.weight = model.lm_head.weight
+            if path == EMBEDDING or both:
                 found[path] = divergence(0, body.embed_tokens(given))
             else:
                 start = len(body.layers) if index is None else index

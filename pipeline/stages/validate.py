@@ -294,6 +294,6 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
     }
     fix = advice.get(
         str(quantized.get("algorithm")),
-        "`qwen-onnx tune`, which finds the weights that need more bits; or symmetric: false, or a smaller block_size",
+        "more bits for the weights that lose most (`qwen-onnx tune`), symmetric: false, or a smaller block_size",
     )
     return GateError("the model does not reproduce its reference", why="; ".join(rows), fix=f"try {fix}")
