@@ -11,7 +11,7 @@ The packed layout is that of the ``com.microsoft`` operators ``MatMulNBits`` and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -186,24 +186,6 @@ def encode(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: 
 
     inverse = torch.where(scale != 0, 1.0 / scale, torch.zeros_like(scale))
     return torch.addcmul(zero, blocks, inverse).round_().clamp_(0.0, float((1 << bits) - 1))
-
-
-def assemble(
-    codes: npt.NDArray[np.uint8],
-    scale: npt.NDArray[np.float32],
-    zero: npt.NDArray[np.uint8] | None,
-    bits: int,
-    weight: npt.NDArray[Any],
-) -> BlockQuantized:
-    """Pack codes (``[N, G, B]``), scales and zero points (``[N, G]``) that stand for ``weight`` (``[N, K]``)."""
-    packed = BlockQuantized(
-        pack(codes, bits), scale.astype(weight.dtype), None if zero is None else pack(zero, bits), 0.0
-    )
-    difference = dequantize(packed, bits, weight.shape[1]) - weight
-    total = float(np.square(weight, dtype=np.float64).sum())
-    return replace(
-        packed, relative_error=float(np.square(difference, dtype=np.float64).sum()) / total if total else 0.0
-    )
 
 
 def dequantize(quantized: BlockQuantized, bits: int, columns: int) -> npt.NDArray[np.float32]:

@@ -105,8 +105,8 @@ class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
         hessians = Hessians(Path(config.checkpoint), config.calibration_windows, config.rotate)
 
         def quantize(path: str, values: Any, scheme: WeightScheme) -> BlockQuantized:
-            factor = hessians.factor(path) if scheme.bits == 4 else None
-            if factor is None:
+            factor = hessians.factor(path) if scheme.bits == 4 else ()
+            if not factor:
                 made = blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
             else:
                 made = gptq.quantize(values, factor, scheme.bits, scheme.block_size, scheme.symmetric)

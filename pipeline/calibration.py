@@ -36,8 +36,6 @@ _INPUT = {
     "down_proj": "gated",
     "lm_head": "head",
 }
-# Rows of a Hessian that are computed at once: it is symmetric, and what lies below its diagonal is copied.
-_ROWS = 1024
 
 
 class Hessians:
@@ -60,30 +58,30 @@ class Hessians:
         self._at = -1
         self._layer: Any = None
         self._now: torch.Tensor | None = None
-        self._kept: torch.Tensor | None = None
-        self._factor: gptq.Factor | None = None
+        self._kept: tuple[torch.Tensor, ...] = ()
+        self._factor: tuple[gptq.Factor, ...] = ()
 
-    def of(self, path: str) -> torch.Tensor | None:
-        """``sum(x xᵀ)`` (``[K, K]`` float32) over the inputs of a weight; ``None`` for the embedding.
+    def of(self, path: str) -> tuple[torch.Tensor, ...]:
+        """The Hessian (`gptq.hessian`) of the inputs of a weight; of the embedding there is none, which is empty.
 
         Raises:
             StageError: what comes after the weight has been asked for already.
         """
         step = self._step(path)
         if step is None:
-            return None
+            return ()
         self._advance(path, step)
-        if self._kept is None:
+        if not self._kept:
             assert self._now is not None
-            self._kept = gram(self._now)
+            self._kept = gptq.hessian(self._now)
         return self._kept
 
-    def factor(self, path: str) -> gptq.Factor | None:
-        """The factor of the Hessian `of` a weight."""
+    def factor(self, path: str) -> tuple[gptq.Factor, ...]:
+        """The factors of the Hessian `of` a weight."""
         hessian = self.of(path)
-        if hessian is not None and self._factor is None:
+        if hessian and not self._factor:
             self._factor = gptq.factor(hessian)
-        return self._factor if hessian is not None else None
+        return self._factor if hessian else ()
 
     def replace(self, path: str, weight: Callable[[], npt.NDArray[np.float32]]) -> None:
         """Let the walk go on with another weight, if anything follows that sees it.
@@ -114,7 +112,7 @@ class Hessians:
             raise StageError(f"{path} comes too late", why=why)
         while self._at < step:
             self._now = next(self._steps)
-            self._kept = self._factor = None
+            self._kept, self._factor = (), ()
             self._at += 1
 
     def _step(self, path: str) -> int | None:
@@ -152,29 +150,6 @@ class Hessians:
         with torch.inference_mode():
             normed = self._decoder.last_norm(hidden)
         yield normed.flatten(0, 1)
-
-
-def loss(hessian: torch.Tensor | None, difference: npt.NDArray[np.float32]) -> float:
-    """``sum |d x|²`` over the inputs behind a Hessian (``[K, K]``), for a difference ``d`` of weights (``[N, K]``)."""
-    import torch
-
-    assert hessian is not None  # only the embedding has none
-    given = torch.from_numpy(difference)
-    return float(torch.mm(given, hessian).mul_(given).sum(dtype=torch.float64))
-
-
-def gram(inputs: torch.Tensor) -> torch.Tensor:
-    """``inputsᵀ inputs`` (``[K, K]``) of ``[S, K]``, of which one triangle is computed."""
-    import torch
-
-    columns = inputs.shape[1]
-    found = torch.empty(columns, columns)
-    with torch.inference_mode():
-        for start in range(0, columns, _ROWS):
-            stop = min(start + _ROWS, columns)
-            torch.mm(inputs[:, start:stop].t(), inputs[:, start:], out=found[start:stop, start:])
-            found[stop:, start:stop] = found[start:stop, stop:].t()
-    return found
 
 
 def windows(checkpoint: Path, count: int) -> list[list[int]]:

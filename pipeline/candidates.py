@@ -188,15 +188,15 @@ def _trials(
         choices = _choices(loaded, weight.role)
         measured = [given for given in choices if given.bits == 4][-1]
         for given in choices:
-            factor = walk.factor(weight.path) if walk and given.bits == 4 else None
-            if factor is None:
+            factor = walk.factor(weight.path) if walk and given.bits == 4 else ()
+            if not factor:
                 result = blockwise.quantize(values, given.bits, given.block_size, given.symmetric)
             else:
                 result = gptq.quantize(values, factor, given.bits, given.block_size, given.symmetric)
             error = result.relative_error
             if walk and weight.role == "body":
                 restored = blockwise.dequantize(result, given.bits, weight.columns)
-                error = calibration.loss(walk.of(weight.path), restored - values)
+                error = gptq.loss(walk.of(weight.path), restored - values)
             kept = result if weight.role == "head" or given is measured else None
             found.setdefault(weight.path, []).append(_Trial(given, result.nbytes, error, kept))
         progress((done + 1) / len(weights), weight.path)

@@ -7,12 +7,17 @@ by column k of L. One Cholesky factor does, where GPTQ takes two and an inverse.
 turn comes, to the columns as they are then, and an error of column k counts as much as ``D[k]``, which is what it costs
 once all later columns have made up for it.
 
+Of a Hessian only diagonal blocks are kept: channels far apart do not make up for one another's errors. Time and memory
+then grow with the number of weights, not with the cube and the square of their width, and nothing measurable is lost:
+thousands of tokens say little of how two of thousands of channels go together.
+
 Shapes in this module:
     N: output channels, K: input channels, B: block size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,29 +30,55 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+# Input channels of a diagonal block: a multiple of every block size.
+_WIDTH = 1280
+
 # Share of the mean diagonal added to the Hessian, as in the paper: channels that hardly ever fire carry no information.
 _DAMPING = 0.01
 
 # Output channels worked on at once: they do not depend on one another, and a head has very many.
 _ROWS = 16384
 
-# Columns after which all later ones take up the errors: products of this width are fast, and few.
-_SPAN = 512
-
 
 @dataclass(frozen=True)
 class Factor:
-    """``H = L D Lᵀ`` of a damped Hessian: ``lower`` is Lᵀ (``[K, K]``, unit lower triangular), ``diagonal`` D."""
+    """``H = L D Lᵀ`` of a damped diagonal block: ``lower`` is Lᵀ (unit lower triangular), ``diagonal`` D."""
 
     lower: torch.Tensor
     diagonal: torch.Tensor
 
 
-def factor(hessian: torch.Tensor) -> Factor:
-    """Factorize ``sum(x xᵀ)`` over the inputs of a weight (``[K, K]`` float32), which is not changed."""
+def spans(columns: int) -> list[slice]:
+    """The input channels of each diagonal block."""
+    return [slice(start, min(start + _WIDTH, columns)) for start in range(0, columns, _WIDTH)]
+
+
+def hessian(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The diagonal blocks of ``sum(x xᵀ)`` over inputs ``[S, K]``, float32."""
     import torch
 
-    damped = hessian.flip(0, 1)  # a copy; in this order a lower Cholesky factor is an upper one of the Hessian
+    with torch.inference_mode():
+        return tuple(inputs[:, span].t() @ inputs[:, span] for span in spans(inputs.shape[1]))
+
+
+def loss(given: Sequence[torch.Tensor], difference: npt.NDArray[np.float32]) -> float:
+    """``sum |d x|²`` over the inputs behind a Hessian, for a difference ``d`` of weights (``[N, K]``)."""
+    import torch
+
+    parts = zip(given, spans(difference.shape[1]), strict=True)
+    rows = ((block, torch.from_numpy(np.ascontiguousarray(difference[:, span]))) for block, span in parts)
+    return sum(float(torch.mm(part, block).mul_(part).sum(dtype=torch.float64)) for block, part in rows)
+
+
+def factor(given: Sequence[torch.Tensor]) -> tuple[Factor, ...]:
+    """Factorize the blocks of a Hessian, which are not changed."""
+    return tuple(_factor(block) for block in given)
+
+
+def _factor(block: torch.Tensor) -> Factor:
+    import torch
+
+    damped = block.flip(0, 1)  # a copy; in this order a lower Cholesky factor is an upper one of the Hessian
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0  # a channel that was always zero
     diagonal += _DAMPING * diagonal.mean()
@@ -56,7 +87,9 @@ def factor(hessian: torch.Tensor) -> Factor:
     return Factor((upper / scale).t().contiguous(), scale.square())
 
 
-def quantize(weight: npt.NDArray[Any], given: Factor, bits: int, block_size: int, symmetric: bool) -> BlockQuantized:
+def quantize(
+    weight: npt.NDArray[Any], given: Sequence[Factor], bits: int, block_size: int, symmetric: bool
+) -> BlockQuantized:
     """Quantize ``weight`` (``[N, K]``, float32 or float16) so that ``weight @ x`` changes least for the inputs seen.
 
     Args:
@@ -73,23 +106,40 @@ def quantize(weight: npt.NDArray[Any], given: Factor, bits: int, block_size: int
     if columns % block_size:
         raise ValueError(f"{columns} input channels are no multiple of the block size {block_size}")
     codes = np.empty((rows, columns // block_size, block_size), np.uint8)
-    scale = np.empty(codes.shape[:2], np.float32)
+    scale = np.empty(codes.shape[:2], weight.dtype)
     zero = np.empty(codes.shape[:2], np.uint8)
-    for start in range(0, rows, _ROWS):
-        part = slice(start, start + _ROWS)
-        values = torch.from_numpy(np.array(weight[part], np.float32)).t().contiguous()
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError("the weight has NaN or infinite values")
-        q, s, z = _quantize_columns(values, given, bits, block_size, symmetric, weight.dtype == np.float16)
-        codes[part] = q.t().reshape(-1, *codes.shape[1:]).numpy()
-        scale[part], zero[part] = s.t().numpy(), z.t().numpy()
-    return blockwise.assemble(codes, scale, None if symmetric else zero, bits, weight)
+    error = total = 0.0
+    half = weight.dtype == np.float16
+    with torch.inference_mode():
+        for start in range(0, rows, _ROWS):
+            part = slice(start, start + _ROWS)
+            values = torch.from_numpy(np.array(weight[part], np.float32)).t().contiguous()
+            energy = float(values.square().sum(dtype=torch.float64))
+            if not np.isfinite(energy):
+                raise ValueError("the weight has NaN or infinite values")
+            total += energy
+            for span, one in zip(spans(columns), given, strict=True):
+                q, s, z, lost = _quantize_columns(values[span], one, bits, block_size, symmetric, half)
+                blocks = slice(span.start // block_size, span.stop // block_size)
+                codes[part, blocks] = q.t().reshape(-1, len(s), block_size).numpy()
+                scale[part, blocks], zero[part, blocks] = s.t().numpy(), z.t().numpy()
+                error += lost
+    return BlockQuantized(
+        packed=blockwise.pack(codes, bits),
+        scale=scale,
+        zero_point=None if symmetric else blockwise.pack(zero, bits),
+        relative_error=error / total if total else 0.0,
+    )
 
 
 def _quantize_columns(
     values: torch.Tensor, given: Factor, bits: int, block_size: int, symmetric: bool, half: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes ``[K, N]`` uint8, scales ``[K / B, N]`` float32, zero points ``[K / B, N]`` uint8 of ``[K, N]`` values."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Codes ``[K, N]`` uint8, scales ``[K / B, N]`` float32, zero points ``[K / B, N]`` uint8, and the squared error.
+
+    Args:
+        values: ``[K, N]``, the channels of one diagonal block.
+    """
     import torch
 
     top = float((1 << bits) - 1)
@@ -98,26 +148,21 @@ def _quantize_columns(
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     scale = torch.empty(columns // block_size, rows)
     zero = torch.empty(columns // block_size, rows, dtype=torch.uint8)
-    target = values.clone()  # what is rounded: the values, and the errors that they make up for
-    error = torch.empty(min(_SPAN, columns), rows)
+    error = torch.empty(columns, rows)
     code = torch.empty(rows)
-    for span in range(0, columns, _SPAN):
-        end = min(span + _SPAN, columns)
-        for start in range(span, end, block_size):
-            stop = start + block_size
-            here = target[start:stop]
-            if start > span:
-                here.addmm_(lower[start:stop, span:start], error[: start - span])
-            s, z = blockwise.fit(here, bits, symmetric, half, given.diagonal[start:stop, None])
-            inverse = torch.where(s != 0, 1.0 / s, torch.zeros_like(s))
-            for index in range(block_size):
-                column = start + index
-                torch.addcmul(z, here[index], inverse, out=code)
-                code.round_().clamp_(0.0, top)
-                codes[column] = code
-                code.sub_(z).mul_(s)
-                torch.sub(values[column], code, out=error[column - span])
-                here[index + 1 :].addr_(lower[column + 1 : stop, column], error[column - span])
-            scale[start // block_size], zero[start // block_size] = s, z
-        target[end:].addmm_(lower[end:, span:end], error[: end - span])
-    return codes, scale, zero
+    for start in range(0, columns, block_size):
+        stop = start + block_size
+        # What is rounded: the values, and the errors that they make up for.
+        here = torch.addmm(values[start:stop], lower[start:stop, :start], error[:start])
+        s, z = blockwise.fit(here, bits, symmetric, half, given.diagonal[start:stop, None])
+        inverse = torch.where(s != 0, 1.0 / s, torch.zeros_like(s))
+        for index in range(block_size):
+            column = start + index
+            torch.addcmul(z, here[index], inverse, out=code)
+            code.round_().clamp_(0.0, top)
+            codes[column] = code
+            code.sub_(z).mul_(s)
+            torch.sub(values[column], code, out=error[column])
+            here[index + 1 :].addr_(lower[column + 1 : stop, column], error[column])
+        scale[start // block_size], zero[start // block_size] = s, z
+    return codes, scale, zero, float(error.square_().sum(dtype=torch.float64))

@@ -347,7 +347,7 @@ def test_gptq_of_a_float16_weight_is_that_of_its_values_with_float16_scales(symm
     generator = np.random.default_rng(0)
     weight = generator.normal(0, 0.02, (48, 128)).astype(np.float16)
     inputs = (generator.normal(size=(512, 128)) @ generator.normal(size=(128, 128))).astype(np.float32)
-    factor = gptq.factor(torch.from_numpy(inputs.T @ inputs))
+    factor = gptq.factor(gptq.hessian(torch.from_numpy(inputs)))
     found = gptq.quantize(weight, factor, 4, 32, symmetric)
     assert found.scale.dtype == np.float16
     assert found.packed.shape == (48, 4, 16)

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import allocation, cli, recipe
 from pipeline.allocation import Option
+from pipeline.external_data import ALIGNMENT
 from pipeline.scheme import WeightScheme
 
 SCHEMES = (
@@ -66,6 +67,15 @@ def test_a_bound_out_of_reach_yields_the_nearest_there_is() -> None:
     assert totals(allocation.allocate(given, max_size=0).values())[0] == smallest
 
 
+def test_the_choice_keeps_to_a_bound_of_time() -> None:
+    given = {
+        name: [Option(SCHEMES[1], 10, loss, 1.0), Option(SCHEMES[2], 20, 0.0, 2.0)]
+        for name, loss in (("a", 0.3), ("b", 0.2), ("c", 0.1))
+    }
+    chosen = allocation.allocate(given, max_loss=0.0, max_time=4.5)
+    assert [chosen[name].size for name in "abc"] == [20, 10, 10]
+
+
 def test_an_option_that_is_larger_and_no_better_is_never_chosen() -> None:
     given = {"a": options((10, 1.0), (20, 1.5), (30, 0.1))}
     assert allocation.allocate(given, max_loss=0.5)["a"].size == 30
@@ -117,6 +127,15 @@ def test_a_loss_is_that_of_the_model_with_the_weight_replaced(
         real = np.mean([metrics.kl_divergence(a, b) for a, b in zip(wanted, others, strict=True)])
         assert found[path] == pytest.approx(float(real), rel=1e-3, abs=1e-7)
     assert found["model.layers.1.attn.qkv_proj"] > 0
+    # A head that the embedding is gathered from counts for both.
+    head = noisy(loaded.model.lm_head.weight)
+    both = sensitivity.measure(loaded, {"lm_head": lambda: head}, ids, lambda *_: None, shared=True)["lm_head"]
+    np.testing.assert_array_equal(loaded.logits(ids[0]), before)
+    for module in (loaded.model.lm_head, loaded.model.model.embed_tokens):
+        module.weight = torch.nn.Parameter(torch.from_numpy(head), requires_grad=False)
+    others = [metrics.log_softmax(loaded.logits(row)) for row in ids]
+    real = np.mean([metrics.kl_divergence(a, b) for a, b in zip(wanted, others, strict=True)])
+    assert both == pytest.approx(float(real), rel=1e-3, abs=1e-7)
 
 
 RECIPE = """\
@@ -149,13 +168,27 @@ def test_a_found_recipe_says_each_weight_and_reaches_its_bound(
     report = json.loads((tmp_path / "out" / "tiny-cpu-int4" / "validation.json").read_bytes())
     plain = max(report[path]["mean_kl"] for path in ("prefill", "decode"))
     bound = plain / 2
-    assert cli.main(["tune", str(home / "cpu-int4.yaml"), "--max-kl", str(bound), *store]) == 0
-    assert "next: qwen-onnx build" in capsys.readouterr().out
+    # Before anything is measured, a failed gate names the command that does; then what it found.
+    text = (home / "cpu-int4.yaml").read_text()
+    strict = home / "cpu-strict.yaml"
+    strict.write_text(text.replace("mean_kl: 5", f"mean_kl: {bound}"))
+    assert cli.main(["build", str(strict), "--out", str(tmp_path / "out"), *store]) == 8
+    assert f"`qwen-onnx tune {strict} --max-kl" in capsys.readouterr().err
+    (home / "cpu-int4.yaml").write_text(text + f"objective: {{max_kl: {bound}}}\n")
+    assert cli.main(["tune", str(home / "cpu-int4.yaml"), "--json", *store]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["mean_kl"] <= bound
+    assert 0 < found["decode_ratio"] <= 1
+    assert cli.main(["build", str(strict), "--out", str(tmp_path / "out"), *store]) == 8
+    error = capsys.readouterr().err
+    assert " MB more may do: 8 bits for " in error
     made = recipe.load(home / "cpu-int4-tuned.yaml").recipe
     assert {override.scheme.bits for override in made.quantize.overrides} & {8}
     assert cli.main(["build", str(home / "cpu-int4-tuned.yaml"), "--out", str(tmp_path / "out"), *store]) == 0
     tuned = json.loads((tmp_path / "out" / "tiny-cpu-int4-tuned" / "validation.json").read_bytes())
     assert max(tuned[path]["mean_kl"] for path in ("prefill", "decode")) <= bound
+    data = tmp_path / "out" / "tiny-cpu-int4-tuned" / "model.onnx.data"
+    assert found["bytes"] == pytest.approx(data.stat().st_size, abs=ALIGNMENT * 200)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +198,7 @@ def test_a_found_recipe_says_each_weight_and_reaches_its_bound(
         (["--max-kl", "nan"], 2, "--max-kl nan is not positive"),
         (["--max-bytes", "-1"], 2, "--max-bytes -1 is not positive"),
         (["--max-kl", "0.1", "--out", "{recipe}"], 2, "is the recipe itself"),
+        (["--min-decode-ratio", "1.5"], 2, "--min-decode-ratio is above 1"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(
