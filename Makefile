@@ -61,7 +61,7 @@ test: $(READY) ## all tests but those on the real checkpoint
 	@$(BIN)/python -m pytest -m 'not real'
 
 test-all: $(READY) ## all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --durations=30
 
 lint: $(READY) ## style, types and floors
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

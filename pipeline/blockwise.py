@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 # does not grow with the weight.
 _CHUNK = 1 << 20
 
-# Fractions of the min-max range that are tried. Clipping below 0.7 never won on the Qwen2.5
-# weights that this was measured on; finer steps moved the squared error by under 1 %.
-_SHRINK = tuple(1.0 - 0.04 * step for step in range(8))
+# Fractions of the min-max range that are tried. A range somewhat larger than the weights' own wins often, since zero
+# points are whole codes. More of them, or other zero points, moved the squared error of Qwen2.5 weights by under 1 %.
+_SHRINK = (1.06, 1.0, 0.95, 0.9, 0.84)
 
 
 @dataclass(frozen=True)
