@@ -37,6 +37,7 @@ VERSION = 2
 # Of each domain this many tokens are read to measure a weight: enough to rank weights, which differ a hundredfold.
 _WINDOWS, _TOKENS = 4, 96
 _HEAD = (
+    WeightScheme(bits=4, block_size=32, symmetric=True),  # the fastest
     WeightScheme(bits=4, block_size=32, symmetric=False),
     WeightScheme(bits=8, block_size=128, symmetric=True),
 )
@@ -122,9 +123,9 @@ def _choices(loaded: Loaded, role: str) -> list[WeightScheme]:
     if kernels is None:
         return list(given)
     return [
-        scheme.model_copy(update={"symmetric": scheme.symmetric or not kernels.zero_points})
+        scheme
         for scheme in given
-        if scheme.block_size in kernels.block_sizes.get(scheme.bits, ())
+        if scheme.block_size in kernels.block_sizes.get(scheme.bits, ()) and (scheme.symmetric or kernels.zero_points)
     ]
 
 
