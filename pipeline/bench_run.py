@@ -3,7 +3,7 @@
 Jobs, as JSON objects: ``{"engine", "path", "threads", "prefill", "decode"}`` times a run, and writes one JSON object;
 ``{"engine", "path", "threads", "windows"}`` writes the logits of windows of tokens, float32; ``{"reference", "out",
 "count", "length"}`` writes windows of evaluation text and the reference's log-probabilities into ``out``; ``{"export",
-"out"}`` makes what Olive makes of a checkpoint.
+"out"}`` makes what Olive makes of a checkpoint, and ``{"gguf", "out"}`` a GGUF file of floats.
 """
 
 from __future__ import annotations
@@ -159,6 +159,10 @@ def main() -> int:
             from pipeline import exporter
 
             exporter.export_plain_int4(Path(job["export"]), Path(job["out"]))
+        elif "gguf" in job:
+            from pipeline import gguf_export
+
+            gguf_export.export(Path(job["gguf"]), Path(job["out"]))
         elif "reference" in job:
             write_reference(Path(job["reference"]), job["count"], job["length"], Path(job["out"]))
         else:

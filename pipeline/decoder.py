@@ -102,6 +102,22 @@ class Decoder:
         return found
 
 
+def tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name and the float32 values of each tensor of a checkpoint, one in memory at a time.
+
+    Raises:
+        CheckpointError: the weights cannot be read.
+    """
+    import torch
+    from safetensors import safe_open
+
+    named = _files(checkpoint)
+    for path in sorted(set(named.values())):
+        with safe_open(path, framework="pt") as opened:
+            for name in sorted(name for name, file in named.items() if file == path):
+                yield name, opened.get_tensor(name).to(torch.float32)
+
+
 def _files(checkpoint: Path) -> dict[str, Path]:
     """For each tensor of a checkpoint the file that holds it.
 

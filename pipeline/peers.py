@@ -122,6 +122,16 @@ def _plain_olive(manifest: Manifest, store: Store, progress: Progress) -> Subjec
     name = "plain-olive"
     given = _checkpoint(manifest, store)
     made_with = f"olive-ai {plan.installed('olive-ai')}, "
+
+    def make(out: Path) -> None:
+        job = {"export": str(given.path), "out": str(out)}
+        bench_process.call(RUN, job, f"building {name}", bench_process.nothing)
+
+    return _in_genai(name, "peer", _once(name, given, store, progress, make), made_with)
+
+
+def _once(name: str, given: Artifact, store: Store, progress: Progress, make: Callable[[Path], None]) -> Path:
+    """The folder that ``make`` fills, made once per store and checkpoint; it is there as a whole or not at all."""
     key = f"{name}-{given.key[:16]}"
     folder = store.root / "peers" / key
     with store.lock(key, lambda: progress(f"{name}: another process builds it, waiting")):
@@ -129,13 +139,12 @@ def _plain_olive(manifest: Manifest, store: Store, progress: Progress) -> Subjec
             progress(f"{name}: building, once per store")
             temporary = store.root / "tmp" / f"{key}.{secrets.token_hex(4)}"
             try:
-                job = {"export": str(given.path), "out": str(temporary)}
-                bench_process.call(RUN, job, f"building {name}", bench_process.nothing)
+                make(temporary)
                 folder.parent.mkdir(exist_ok=True)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    return _in_genai(name, "peer", folder, made_with)
+    return folder
 
 
 def _torch(dtype: str, manifest: Manifest, store: Store, progress: Progress) -> Subject:  # noqa: ARG001
@@ -148,12 +157,37 @@ def _torch(dtype: str, manifest: Manifest, store: Store, progress: Progress) -> 
 
 def _llamacpp(manifest: Manifest, store: Store, progress: Progress) -> Subject:
     """llama.cpp, on the very GGUF file that the checkpoint was made from."""
-    python, version = _llamacpp_python()
-    path = _gguf(manifest, store, progress)
+    command, version = _llamacpp_command()
+    return _in_llamacpp("llama.cpp", command, version, _gguf(manifest, store, progress))
+
+
+def _llamacpp_q4_k_m(manifest: Manifest, store: Store, progress: Progress) -> Subject:
+    """llama.cpp, on a Q4_K_M file that it makes itself of the checkpoint's float weights."""
+    name = "llama.cpp-q4_k_m"
+    command, version = _llamacpp_command()
+    given = _checkpoint(manifest, store)
+
+    def make(out: Path) -> None:
+        out.mkdir()
+        job = {"gguf": str(given.path), "out": str(out / "float.gguf")}
+        bench_process.call(RUN, job, f"writing {name}", bench_process.nothing)
+        job = {"quantize": str(out / "float.gguf"), "out": str(out / "model.gguf")}
+        bench_process.call(command, job, f"quantizing {name}", bench_process.nothing)
+        (out / "float.gguf").unlink()
+
+    folder = _once(name, given, store, progress, make)
+    return _in_llamacpp(name, command, version, folder / "model.gguf")
+
+
+def _in_llamacpp(name: str, command: tuple[str, ...], version: str, path: Path) -> Subject:
     job = {"model": str(path), "loop": str(Path(bench_loop.__file__).resolve())}
+    return Subject(name, "peer", f"llama-cpp-python {version}", path, command, job)
+
+
+def _llamacpp_command() -> tuple[tuple[str, ...], str]:
+    python, version = _llamacpp_python()
     # -I keeps out what the environment's own packages could be mistaken for.
-    command = (str(python), "-I", str(_DATA / "llamacpp_runner.py"))
-    return Subject("llama.cpp", "peer", f"llama-cpp-python {version}", path, command, job)
+    return (str(python), "-I", str(_DATA / "llamacpp_runner.py")), version
 
 
 def _llamacpp_python() -> tuple[Path, str]:
@@ -208,6 +242,7 @@ def _gguf(manifest: Manifest, store: Store, progress: Progress) -> Path:
 
 PEERS: dict[str, Callable[[Manifest, Store, Progress], Subject]] = {
     "llama.cpp": _llamacpp,
+    "llama.cpp-q4_k_m": _llamacpp_q4_k_m,
     "plain-olive": _plain_olive,
     "torch": partial(_torch, "float32"),
     "torch-bfloat16": partial(_torch, "bfloat16"),

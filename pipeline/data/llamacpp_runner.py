@@ -57,8 +57,19 @@ class LlamaCpp:
         return ctypes.string_at(llama_cpp.llama_get_logits_ith(self._context, -1), 4 * self.vocabulary)
 
 
+def quantize(source: str, out: str) -> None:
+    """Write ``out``, Q4_K_M, from a GGUF file of floats, as llama.cpp's own tool does."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    if code := llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(settings)):
+        sys.exit(f"llama_model_quantize failed with {code}")
+
+
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
+    if "quantize" in job:
+        quantize(job["quantize"], job["out"])
+        return
     found = importlib.util.spec_from_file_location("bench_loop", job["loop"])
     assert found is not None
     assert found.loader is not None
