@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 VERSION = 2
 # Of each domain this many tokens are read to measure a weight: enough to rank weights, which differ a hundredfold.
 _WINDOWS, _TOKENS = 4, 96
+# And so many of the likeliest tokens at each position are told apart.
+_LIKELIEST = 64
 _HEAD = (
     WeightScheme(bits=4, block_size=32, symmetric=True),  # the fastest
     WeightScheme(bits=4, block_size=32, symmetric=False),
@@ -226,17 +228,15 @@ def _losses(
     }
     columns = {weight.path: weight.columns for weight in weights}
     alone = sensitivity.measure(
-        whole, {path: reader(trial, columns[path]) for path, trial in base.items()}, ids, progress
+        whole, {path: reader(trial, columns[path]) for path, trial in base.items()}, ids, progress, likeliest=_LIKELIEST
     )
     found = {
         path: [alone[path] * each.error / trial.error if trial.error else 0.0 for each in trials[path]]
         for path, trial in base.items()
     }
     for path in columns.keys() - base.keys():
-        found[path] = [
-            sensitivity.measure(whole, {path: reader(trial, columns[path])}, ids, lambda *_: None, shared)[path]
-            for trial in trials[path]
-        ]
+        each = [{path: reader(trial, columns[path])} for trial in trials[path]]
+        found[path] = [sensitivity.measure(whole, one, ids, lambda *_: None, shared, _LIKELIEST)[path] for one in each]
     return found
 
 

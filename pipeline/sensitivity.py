@@ -33,6 +33,7 @@ def measure(
     ids: Sequence[Sequence[int]],
     progress: Progress,
     shared: bool = False,
+    likeliest: int = 0,
 ) -> dict[str, float]:
     """Mean KL divergence (nats a token) of the reference from itself with one weight replaced, for each weight.
 
@@ -42,6 +43,8 @@ def measure(
         ids: ``[W, T]`` token ids.
         progress: called after each weight, with its path.
         shared: whether the embedding is gathered from the head.
+        likeliest: tell only so many of each position's likeliest tokens apart (all positions' together): the rest of
+            the vocabulary hardly counts, and is most of the work. All of it counts when left out.
 
     Raises:
         StageError: the model has no such weight.
@@ -55,6 +58,8 @@ def measure(
     with torch.inference_mode():
         states = _states(body, given)
         wanted = _log_probabilities(model, states[-1])
+        told = wanted.topk(likeliest).indices.unique() if likeliest else None
+        wanted = wanted if told is None else _log_probabilities(model, states[-1], told)
         share = wanted.exp()
 
         def divergence(start: int, hidden: torch.Tensor) -> float:
@@ -62,7 +67,7 @@ def measure(
             for layer in body.layers[start:]:
                 hidden = _apply(layer, hidden, rotary)
             # As `pipeline.metrics.kl_divergence` computes it, but here all cores do.
-            other = _log_probabilities(model, hidden)
+            other = _log_probabilities(model, hidden, told)
             return float((share * torch.sub(wanted, other, out=other)).sum(1, dtype=torch.float64).mean())
 
         for done, (path, values) in enumerate(weights.items()):
@@ -125,11 +130,13 @@ def _apply(layer: Any, hidden: Any, rotary: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _log_probabilities(model: Any, hidden: Any) -> torch.Tensor:
+def _log_probabilities(model: Any, hidden: Any, told: torch.Tensor | None = None) -> torch.Tensor:
+    """Of every token of the vocabulary, or of those ``told`` among themselves."""
     import torch
 
     rows = model.model.norm(hidden).flatten(0, 1)
-    return torch.log_softmax(model.lm_head(rows).float(), -1)
+    logits = model.lm_head(rows) if told is None else rows @ model.lm_head.weight[told].t()
+    return torch.log_softmax(logits.float(), -1)
 
 
 def _modules(model: Any, path: str) -> list[Any]:

@@ -127,6 +127,9 @@ def test_a_loss_is_that_of_the_model_with_the_weight_replaced(
         real = np.mean([metrics.kl_divergence(a, b) for a, b in zip(wanted, others, strict=True)])
         assert found[path] == pytest.approx(float(real), rel=1e-3, abs=1e-7)
     assert found["model.layers.1.attn.qkv_proj"] > 0
+    # Few tokens of each position carry nearly all of it.
+    few = sensitivity.measure(loaded, weights, ids, lambda *_: None, likeliest=16)
+    assert few == pytest.approx(found, rel=0.2)
     # A head that the embedding is gathered from counts for both.
     head = noisy(loaded.model.lm_head.weight)
     both = sensitivity.measure(loaded, {"lm_head": lambda: head}, ids, lambda *_: None, shared=True)["lm_head"]
