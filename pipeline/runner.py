@@ -176,8 +176,7 @@ def _run(
                 reporter.progress(step.stage, event["part"], event["what"])
             else:
                 outcome = event
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait()
     job_file.unlink()
     if outcome.get("event") == "error":
         raise _located(from_dict(outcome), log)
@@ -186,7 +185,7 @@ def _run(
     facts = dict(outcome["facts"])
     if outcome["refused"]:
         facts["refused"] = outcome["refused"]
-    return facts, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return facts, int(outcome["peak_memory"])
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 from pipeline import stages
 from pipeline.artifact import Artifact, Step
+from pipeline.bench_loop import peak_memory
 from pipeline.errors import QwenOnnxError, ResourceError, StageError
 
 # Bytes; a step that fails with less than that left on the disk most likely failed for it.
@@ -52,7 +54,10 @@ def main(job_file: str) -> int:
             send({"event": "error", **_explain(error, step.stage, Path(job["out_dir"])).as_dict()})
             traceback.print_exc()
             return 1
-        send({"event": "result", "facts": result.facts, "refused": result.refused})
+        # Of processes that it started and that have ended, the largest counts too.
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = max(peak_memory(), children)
+        send({"event": "result", "facts": result.facts, "refused": result.refused, "peak_memory": peak})
     return 0
 
 

@@ -7,7 +7,6 @@ quantized in processes of their own, in turn; printed are the seconds for a mill
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ def write(folder: Path, name: str) -> None:
 
 def quantize(folder: Path) -> dict[str, float]:
     """Seconds for a million weights, and the peak memory in GB."""
-    from pipeline import blockwise, calibration, decoder, gptq
+    from pipeline import bench_loop, blockwise, calibration, decoder, gptq
 
     walk = calibration.Hessians(folder, WINDOWS)
     weights = dict(decoder.tensors(folder))
@@ -56,7 +55,7 @@ def quantize(folder: Path) -> dict[str, float]:
             walk.replace(path, lambda made=made, values=values: blockwise.dequantize(made, 4, values.shape[1]))
             count += values.size
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = bench_loop.peak_memory() / 1e9
     return {"weights": count / 1e6, "seconds_per_million": seconds / count * 1e6, "peak_gb": peak}
 
 
