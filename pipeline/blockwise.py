@@ -45,18 +45,14 @@ class BlockQuantized:
     zero_point: npt.NDArray[np.uint8] | None
     relative_error: float
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk of all parts."""
-        zero = 0 if self.zero_point is None else self.zero_point.nbytes
-        return self.packed.nbytes + self.scale.nbytes + zero
 
-
-def nbytes(rows: int, columns: int, bits: int, block_size: int, symmetric: bool, scale_bytes: int = 4) -> int:
-    """Bytes of a quantized weight ``[rows, columns]``: codes, scales and zero points."""
+def sizes(
+    rows: int, columns: int, bits: int, block_size: int, symmetric: bool, scale_bytes: int = 4
+) -> tuple[int, ...]:
+    """Bytes of the codes, the scales and, unless symmetric, the zero points of a weight ``[rows, columns]``."""
     groups = -(-columns // block_size)
-    zero = 0 if symmetric else -(-groups * bits // 8)
-    return rows * (groups * (block_size * bits // 8 + scale_bytes) + zero)
+    zero = () if symmetric else (rows * -(-groups * bits // 8),)
+    return (rows * groups * block_size * bits // 8, rows * groups * scale_bytes, *zero)
 
 
 def quantize(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pipeline.graph import Weight
     from pipeline.reference import Reference
 
-VERSION = 2
+VERSION = 3
 # Of each domain this many tokens are read to measure a weight: enough to rank weights, which differ a hundredfold.
 _WINDOWS, _TOKENS = 4, 96
 # And so many of the likeliest tokens at each position are told apart.
@@ -201,7 +201,7 @@ def _trials(
                 restored = blockwise.dequantize(result, given.bits, weight.columns)
                 error = gptq.loss(walk.of(weight.path), restored - values)
             kept = result if weight.role == "head" or given is measured else None
-            found.setdefault(weight.path, []).append(_Trial(given, result.nbytes, error, kept))
+            found.setdefault(weight.path, []).append(_Trial(given, _size(weight, given, values.itemsize), error, kept))
         progress((done + 1) / len(weights), weight.path)
     return found
 
@@ -240,20 +240,29 @@ def _losses(
     return found
 
 
+def _size(weight: Weight, scheme: WeightScheme, scale_bytes: int) -> int:
+    """Bytes of a weight in the external-data file."""
+    from pipeline import blockwise, external_data
+
+    parts = blockwise.sizes(weight.rows, weight.columns, scheme.bits, scheme.block_size, scheme.symmetric, scale_bytes)
+    return sum(map(external_data.footprint, parts))
+
+
 def _fixed(model: onnx.ModelProto, scheme: Scheme) -> int:
     """Bytes of all but the weights that have options."""
     import onnx
 
-    from pipeline import blockwise, graph
+    from pipeline import external_data, graph
 
     size = 0
-    role = {model.graph.node[weight.node].input[weight.role != "embedding"]: weight for weight in graph.weights(model)}
+    weight_of = {
+        model.graph.node[weight.node].input[weight.role != "embedding"]: weight for weight in graph.weights(model)
+    }
     for tensor in model.graph.initializer:
-        weight = role.get(tensor.name)
+        weight = weight_of.get(tensor.name)
         width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         if weight is None or (weight.role == "embedding" and scheme.embedding == "float"):
-            size += math.prod(tensor.dims) * width
+            size += external_data.footprint(math.prod(tensor.dims) * width)
         elif weight.role == "embedding" and isinstance(scheme.embedding, WeightScheme):
-            given = scheme.embedding
-            size += blockwise.nbytes(weight.rows, weight.columns, given.bits, given.block_size, given.symmetric, width)
+            size += _size(weight, scheme.embedding, width)
     return size

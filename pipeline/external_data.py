@@ -87,6 +87,11 @@ class ExternalDataWriter:
         return tensor
 
 
+def footprint(nbytes: int) -> int:
+    """Bytes that a tensor of ``nbytes`` takes in the external-data file."""
+    return 0 if nbytes < INLINE_BYTES else -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def stored_bits(model: onnx.ModelProto, folder: Path) -> int:
     """Bits of all weights as stored, shared bytes counted once."""
     import onnx

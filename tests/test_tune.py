@@ -191,7 +191,7 @@ def test_a_found_recipe_says_each_weight_and_reaches_its_bound(
     tuned = json.loads((tmp_path / "out" / "tiny-cpu-int4-tuned" / "validation.json").read_bytes())
     assert max(tuned[path]["mean_kl"] for path in ("prefill", "decode")) <= bound
     data = tmp_path / "out" / "tiny-cpu-int4-tuned" / "model.onnx.data"
-    assert found["bytes"] == pytest.approx(data.stat().st_size, abs=ALIGNMENT * 200)
+    assert 0 <= found["bytes"] - data.stat().st_size < ALIGNMENT  # the last tensor is not padded
 
 
 @pytest.mark.parametrize(
