@@ -465,6 +465,7 @@ validate:
   answers: 1
   gates: {{p99_kl: 1, greedy: 0.5, runaway: 1}}
 generation: {{context_length: 64, do_sample: true, temperature: 1, top_p: 1, top_k: 1}}
+objective: {{max_kl: 0.1, max_bytes: 1000, min_decode_ratio: 0.5}}
 """
 
 COMPILED = """\

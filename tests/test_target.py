@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -305,7 +306,7 @@ def test_every_recipe_on_every_target_plans_or_is_refused_for_the_target(path: P
     except RecipeError as error:
         said = str(error)
         findings = error.what.replace(str(derived), "").splitlines()[1:] or [error.what]
-        refused_for = [name in finding for finding in findings]
+        refused_for = [name in finding for finding in findings if not re.fullmatch(r"\s*… and \d+ more", finding)]
     if not said:
         assert [step.stage for step in steps] == [s.name for s in plan.STAGES if row.compiled or not s.compiled]
         assert steps[-1].fields["target"]["provider"] == row.provider
