@@ -154,7 +154,10 @@ def _package_commands(root: Any) -> None:
 def _bench_command(root: Any) -> None:
     bench = _command(root, "bench", commands.bench, "time packages against one another, and against other tools")
     bench.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE")
-    against = "llama.cpp, plain-olive (ModelBuilder's INT4), torch or torch-bfloat16; may be given again"
+    against = (
+        "llama.cpp, llama.cpp-q4_k_m (quantized here by llama.cpp), plain-olive (ModelBuilder's INT4), torch or "
+        "torch-bfloat16; may be given again"
+    )
     bench.add_argument("--against", action="append", default=[], metavar="PEER", help=against)
     for name, what, usual in (
         ("prefill", "prompt lengths", bench_loop.PREFILL),
