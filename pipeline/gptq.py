@@ -113,7 +113,8 @@ def quantize(
     with torch.inference_mode():
         for start in range(0, rows, _ROWS):
             part = slice(start, start + _ROWS)
-            values = torch.from_numpy(np.array(weight[part], np.float32)).t().contiguous()
+            # A column after the other; graphs store weights so, and then this is a plain copy.
+            values = torch.from_numpy(np.array(weight[part].T, np.float32, order="C"))
             energy = float(values.square().sum(dtype=torch.float64))
             if not np.isfinite(energy):
                 raise ValueError("the weight has NaN or infinite values")
