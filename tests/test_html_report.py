@@ -170,7 +170,7 @@ def _manifest(**changes: Any) -> dict[str, Any]:
 class Page(HTMLParser):
     """A parsed page; anything that is not well-formed fails while it is parsed."""
 
-    VOID = ("meta", "br", "img", "link", "input", "hr", "source", "base")
+    VOID = ("meta", "br", "wbr", "img", "link", "input", "hr", "source", "base")
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
