@@ -19,6 +19,7 @@ from test_gpu import BASES, run, steps_of
 from pipeline import cli, graph, machine, replay, verify
 from pipeline import session as sessions
 from pipeline.artifact import GOLDEN, MANIFEST, Artifact
+from pipeline.external_data import read_tensor
 from pipeline.target import TARGETS
 
 pytestmark = [
