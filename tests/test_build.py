@@ -285,7 +285,7 @@ def test_a_refused_model_is_explained_kept_as_evidence_and_never_packaged(projec
         code, out, err = _run(*project.command)
         assert code == 8
         assert "FAIL" in out
-        for part in ("mean_kl (prefill) is 0.", "the gate is at most 1e-09", "mean_kl (decode)", "try "):
+        for part in ("mean_kl (prefill) is 0.", "the gate is at most 1e-09", "mean_kl (decode)", "`qwen-onnx tune "):
             assert part in err
         report = Path(err.partition("where: ")[2].splitlines()[0])
         assert report.is_relative_to(project.store)
