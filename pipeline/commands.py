@@ -38,7 +38,7 @@ def _open_store(options: argparse.Namespace) -> Store:
 
 
 def build(options: argparse.Namespace) -> int:
-    from pipeline import index, report, runner, tune
+    from pipeline import index, report, runner
 
     loaded, steps = _load(options.recipe)
     store = _open_store(options)
@@ -51,6 +51,8 @@ def build(options: argparse.Namespace) -> int:
             page = index.write(options.out)
     except GateError as error:
         reporter.close()
+        from pipeline import tune
+
         validation = json.loads(Path(error.where).read_bytes())
         if not options.json:
             print(report.validation(validation))

@@ -7,21 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_tune import RECIPE
 
 from pipeline import blockwise, cli, decoder, gguf_export, off_grid, reference
 from pipeline.errors import UsageError
 
 pytestmark = pytest.mark.slow
-
-RECIPE = """\
-target: cpu
-checkpoint:
-  sources: [{{type: local, path: {path}}}]
-  license: Apache-2.0
-  base_model: tiny
-quantize: {{algorithm: min_error, body: {{bits: 4, block_size: 32, symmetric: false}}}}
-validate: {{gates: {{mean_kl: 1, top1: 0.5, perplexity_ratio: 2}}}}
-"""
 
 
 def test_a_grid_that_fits_no_longer_does() -> None:
