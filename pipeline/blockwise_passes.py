@@ -9,7 +9,7 @@ from typing import Any
 from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from pipeline import blockwise, gptq, graph, graph_weights, olive, w8a8
+from pipeline import blockwise, graph, graph_weights, olive, w8a8
 from pipeline.blockwise import BlockQuantized
 from pipeline.calibration import Hessians
 from pipeline.external_data import ExternalDataWriter
@@ -105,11 +105,7 @@ class BlockWiseGptqQuantization(BlockWiseMinErrorQuantization):
         hessians = Hessians(Path(config.checkpoint), config.calibration_windows, config.rotate)
 
         def quantize(path: str, values: Any, scheme: WeightScheme) -> BlockQuantized:
-            factor = hessians.factor(path) if scheme.bits == 4 else ()
-            if not factor:
-                made = blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
-            else:
-                made = gptq.quantize(values, factor, scheme.bits, scheme.block_size, scheme.symmetric)
+            made = hessians.quantize(path, values, scheme)
             hessians.replace(path, lambda: blockwise.dequantize(made, scheme.bits, values.shape[1]))
             return made
 

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import decoder, gptq, texts
+from pipeline import blockwise, decoder, gptq, texts
+from pipeline.blockwise import BlockQuantized
 from pipeline.errors import StageError
+from pipeline.scheme import WeightScheme
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +84,13 @@ class Hessians:
         if hessian and not self._factor:
             self._factor = gptq.factor(hessian)
         return self._factor if hessian else ()
+
+    def quantize(self, path: str, values: npt.NDArray[Any], scheme: WeightScheme) -> BlockQuantized:
+        """A weight (``[N, K]``) by GPTQ; 8 bits and the embedding by least-squares scales."""
+        factor = self.factor(path) if scheme.bits == 4 else ()
+        if not factor:
+            return blockwise.quantize(values, scheme.bits, scheme.block_size, scheme.symmetric)
+        return gptq.quantize(values, factor, scheme.bits, scheme.block_size, scheme.symmetric)
 
     def replace(self, path: str, weight: Callable[[], npt.NDArray[np.float32]]) -> None:
         """Let the walk go on with another weight, if anything follows that sees it.

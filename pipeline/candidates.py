@@ -191,11 +191,10 @@ def _trials(
         choices = _choices(loaded, weight.role)
         measured = [given for given in choices if given.bits == 4][-1]
         for given in choices:
-            factor = walk.factor(weight.path) if walk and given.bits == 4 else ()
-            if not factor:
-                result = blockwise.quantize(values, given.bits, given.block_size, given.symmetric)
+            if walk:
+                result = walk.quantize(weight.path, values, given)
             else:
-                result = gptq.quantize(values, factor, given.bits, given.block_size, given.symmetric)
+                result = blockwise.quantize(values, given.bits, given.block_size, given.symmetric)
             error = result.relative_error
             if walk and weight.role == "body":
                 restored = blockwise.dequantize(result, given.bits, weight.columns)
