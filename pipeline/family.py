@@ -31,8 +31,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum"), "Qwen1.5, Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum"), "Qwen3", head_dim=128),
+        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum", "native"), "Qwen1.5, Qwen2, Qwen2.5"),
+        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum", "native"), "Qwen3", head_dim=128),
     )
 }
 
