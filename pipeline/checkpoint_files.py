@@ -91,7 +91,7 @@ def check_directory(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"two shards have the tensor {twice[0]}", where=str(path), fix="fetch them again")
         tensors |= found
     _check_tensors(tensors, shape, folder)
-    return {**vars(shape), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
+    return {**shape.facts(), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
 
 
 def _check_links(folder: Path) -> None:
@@ -161,7 +161,7 @@ def _check_tensors(tensors: Tensors, shape: Shape, folder: Path) -> None:
 
 
 def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight that transformers' Qwen2 and Qwen3 classes need."""
+    """Name and shape of every weight that transformers' Qwen2 and Qwen3 classes need, dense or with experts."""
     hidden, heads, kv_heads = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
     yield "model.norm.weight", (hidden,)
@@ -172,22 +172,38 @@ def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
         "self_attn.k_proj": (kv_heads, hidden),
         "self_attn.v_proj": (kv_heads, hidden),
         "self_attn.o_proj": (hidden, heads),
-        "mlp.gate_proj": (shape.intermediate, hidden),
-        "mlp.up_proj": (shape.intermediate, hidden),
-        "mlp.down_proj": (hidden, shape.intermediate),
     }
     vectors = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    if shape.model_type == "qwen2":
+    if shape.model_type.startswith("qwen2"):
         vectors |= {
             f"self_attn.{name}_proj.bias": size for name, size in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         }
-    if shape.model_type == "qwen3":
+    if shape.model_type.startswith("qwen3"):
         vectors |= {"self_attn.q_norm.weight": shape.head_dim, "self_attn.k_norm.weight": shape.head_dim}
+    dense, sparse = dict(_mlp("mlp", shape.intermediate, hidden)), dict(_experts(shape))
     for layer in range(shape.layers):
-        for name, dims in matrices.items():
+        for name, dims in (matrices | (sparse if layer in shape.sparse_layers else dense)).items():
             yield f"model.layers.{layer}.{name}.weight", dims
         for name, size in vectors.items():
             yield f"model.layers.{layer}.{name}", (size,)
+
+
+def _mlp(name: str, inner: int, hidden: int) -> Iterable[tuple[str, tuple[int, int]]]:
+    yield f"{name}.gate_proj", (inner, hidden)
+    yield f"{name}.up_proj", (inner, hidden)
+    yield f"{name}.down_proj", (hidden, inner)
+
+
+def _experts(shape: Shape) -> Iterable[tuple[str, tuple[int, int]]]:
+    """The matrices of a layer's mixture: router, experts, and the shared expert with its gate."""
+    if shape.experts is None:
+        return
+    yield "mlp.gate", (shape.experts.count, shape.hidden)
+    for expert in range(shape.experts.count):
+        yield from _mlp(f"mlp.experts.{expert}", shape.experts.intermediate, shape.hidden)
+    if shape.experts.shared_intermediate:
+        yield "mlp.shared_expert_gate", (1, shape.hidden)
+        yield from _mlp("mlp.shared_expert", shape.experts.shared_intermediate, shape.hidden)
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline import expert_graph
+from pipeline.expert_graph import Mixture
 from pipeline.graph_builder import MICROSOFT, GraphBuilder
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Sizes:
     tied: bool
     rotary: npt.NDArray[np.float32]
     amplitude: float
+    mixture: Mixture | None
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -55,6 +58,8 @@ def sizes_of(config: Any) -> Sizes:
 
     if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
         raise ValueError("a layer has sliding-window attention")
+    if getattr(config, "use_sliding_window", False) and not getattr(config, "layer_types", None):
+        raise ValueError("layers have sliding-window attention")
     if config.hidden_act != "silu":
         raise ValueError(f"the activation is {config.hidden_act}")
     scaling = getattr(config, "rope_scaling", None) or {}
@@ -75,11 +80,17 @@ def sizes_of(config: Any) -> Sizes:
         tied=config.tie_word_embeddings,
         rotary=frequencies.float().numpy(),
         amplitude=float(amplitude),
+        mixture=expert_graph.mixture_of(config),
     )
 
 
 def write(
-    config: Any, tensors: Tensors, writer: ExternalDataWriter, dtype: type = np.float32, prefix: str = "model"
+    config: Any,
+    tensors: Tensors,
+    writer: ExternalDataWriter,
+    dtype: type = np.float32,
+    prefix: str = "model",
+    fused_experts: bool = True,
 ) -> onnx.ModelProto:
     """The whole decoder.
 
@@ -92,18 +103,22 @@ def write(
         writer: takes the weights.
         dtype: of weights and activations: float32 or float16.
         prefix: of the decoder's own tensors.
+        fused_experts: whether a mixture of experts is one operator, see `pipeline.expert_graph`.
 
     Raises:
         ValueError: the model has something that this module does not write.
     """
-    return _Writer(sizes_of(config), tensors, GraphBuilder(writer), dtype, prefix).model()
+    return _Writer(sizes_of(config), tensors, GraphBuilder(writer), dtype, prefix, fused_experts).model()
 
 
 class _Writer:
     """Writes one decoder; methods return the names of values."""
 
-    def __init__(self, sizes: Sizes, tensors: Tensors, g: GraphBuilder, dtype: type, prefix: str) -> None:
+    def __init__(
+        self, sizes: Sizes, tensors: Tensors, g: GraphBuilder, dtype: type, prefix: str, fused_experts: bool
+    ) -> None:
         self.s, self.tensors, self.g, self.dtype, self.prefix = sizes, tensors, g, dtype, prefix
+        self.fused_experts = fused_experts
 
     def model(self) -> onnx.ModelProto:
         g, s = self.g, self.s
@@ -119,7 +134,8 @@ class _Writer:
             normed, x = self._norm(x, added, f"{path}.input_layernorm", f"{name}/input_layernorm")
             attended = self._attention(normed, index, lengths, tables)
             normed, x = self._norm(x, attended, f"{path}.post_attention_layernorm", f"{name}/post_attention_layernorm")
-            added = self._mlp(normed, f"{path}.mlp", f"{name}/mlp")
+            mixed = s.mixture is not None and index in s.mixture.layers
+            added = (self._mixture if mixed else self._mlp)(normed, f"{path}.mlp", f"{name}/mlp")
         normed, _ = self._norm(x, added, f"{self.prefix}.norm", "/model/norm")
         head = f"{self.prefix}.embed_tokens" if s.tied else "lm_head"
         weight = g.constant("lm_head.MatMul.weight", self._values(f"{head}.weight").T)
@@ -202,6 +218,22 @@ class _Writer:
     def _mlp(self, normed: str, path: str, name: str) -> str:
         gate, up = (self._linear(normed, [f"{path}.{kind}_proj"], f"{name}/{kind}_proj") for kind in ("gate", "up"))
         return self._linear(self._gated(gate, up, name), [f"{path}.down_proj"], f"{name}/down_proj")
+
+    def _mixture(self, normed: str, path: str, name: str) -> str:
+        g, mixture = self.g, self.s.mixture
+        assert mixture is not None
+        shared = ""
+        if mixture.shared:
+            shared = self._mlp(normed, f"{path}.shared_expert", f"{name}/shared_expert")
+            gate = self._linear(normed, [f"{path}.shared_expert_gate"], f"{name}/shared_expert_gate")
+            shared = g.node("Mul", [shared, g.node("Sigmoid", [gate], f"{gate}/sigmoid")], f"{name}/shared")
+        logits = self._linear(normed, [f"{path}.gate"], f"{name}/gate")
+        given = (g, mixture, normed, logits, f"{path}.experts", f"{name}/experts")
+        if self.fused_experts:
+            y = expert_graph.fused(*given, self._values, self.dtype)
+        else:
+            y = expert_graph.dense(*given, self._mlp, self.dtype)
+        return g.node("Add", [y, shared], f"{name}/sum") if shared else y
 
     def _gated(self, gate: str, up: str, name: str) -> str:
         g = self.g

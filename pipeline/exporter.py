@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import decoder_graph, graph, olive, openvino
 from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
-from pipeline.family import read_shape
+from pipeline.family import FAMILIES, read_shape
 from pipeline.target import CPU
 from pipeline.tensors import Tensors
 
@@ -86,8 +86,11 @@ def export_openvino(checkpoint: Path, out_dir: Path) -> None:
     _write_config(out_dir, config)
 
 
-def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProto:
+def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bool = True) -> onnx.ModelProto:
     """Write ``model.onnx.data`` and ``genai_config.json`` of a graph of our own, a weight in memory at a time.
+
+    Args:
+        fused_experts: whether a mixture of experts, if there is one, is one operator.
 
     Returns:
         the graph, which is not saved yet.
@@ -102,7 +105,9 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
     tensors = Tensors(checkpoint)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         try:
-            model = decoder_graph.write(config, tensors, writer, np.dtype(dtype).type)
+            model = decoder_graph.write(
+                config, tensors, writer, np.dtype(dtype).type, fused_experts=fused_experts
+            )
         except ValueError as error:
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)
@@ -161,7 +166,7 @@ def _genai_config(
             },
             "eos_token_id": eos,
             "pad_token_id": pad,
-            "type": shape.model_type,
+            "type": FAMILIES[shape.model_type].runtime,
             "vocab_size": shape.vocabulary,
         },
         # Past and present are different tensors in this graph, so the runtime must not make them one buffer.

@@ -6,7 +6,8 @@ largest weight and not by the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,40 @@ class ExternalDataWriter:
         if values.nbytes < INLINE_BYTES:
             tensor.raw_data = np.ascontiguousarray(values).tobytes()
             return tensor
-        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-        offset = self._file.tell()
+        offset = self._align()
         np.ascontiguousarray(values).tofile(self._file)
+        return self._refer(tensor, offset, values.nbytes)
+
+    def write_parts(
+        self, name: str, dtype: npt.DTypeLike, dims: Sequence[int], parts: Iterable[npt.NDArray[Any]]
+    ) -> onnx.TensorProto:
+        """The same of a tensor that is too large for memory: its ``parts``, one after the other.
+
+        Raises:
+            ValueError: the parts do not fill ``dims``.
+        """
+        import onnx
+
+        wanted = math.prod(dims) * np.dtype(dtype).itemsize
+        if wanted < INLINE_BYTES:
+            return self.write(name, np.concatenate([part.reshape(-1) for part in parts]).reshape(dims))
+        tensor = onnx.TensorProto(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims=dims)
+        offset = self._align()
+        for part in parts:
+            np.ascontiguousarray(part, dtype).tofile(self._file)
+        if (written := self._file.tell() - offset) != wanted:
+            raise ValueError(f"the parts of {name} have {written} bytes, not {wanted}")
+        return self._refer(tensor, offset, wanted)
+
+    def _align(self) -> int:
+        self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+        return self._file.tell()
+
+    def _refer(self, tensor: onnx.TensorProto, offset: int, length: int) -> onnx.TensorProto:
+        import onnx
+
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", self._path.name), ("offset", offset), ("length", values.nbytes)):
+        for key, value in (("location", self._path.name), ("offset", offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         return tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.errors import CheckpointError
@@ -14,32 +14,61 @@ class Family:
     """A Qwen architecture.
 
     Attributes:
-        model_type: ``model_type`` in config.json, and the genai runtime's ``model.type``.
+        model_type: ``model_type`` in config.json.
         architecture: the transformers class.
         exporters: which exporters can write its graph.
         title: what people call it.
+        runtime: the genai runtime's ``model.type``; it knows no types of mixtures, and runs their graphs like others.
         head_dim: what transformers takes when config.json has none; ``None`` is hidden size / attention heads.
+        experts: whether its MLPs are mixtures of experts.
     """
 
     model_type: str
     architecture: str
     exporters: tuple[str, ...]
     title: str
+    runtime: str
     head_dim: int | None = None
+    experts: bool = False
 
+
+_EVERY = ("genai", "optimum", "native", "static", "openvino")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum", "native"), "Qwen1.5, Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum", "native"), "Qwen3", head_dim=128),
+        Family("qwen2", "Qwen2ForCausalLM", _EVERY, "Qwen1.5, Qwen2, Qwen2.5", "qwen2"),
+        Family("qwen3", "Qwen3ForCausalLM", _EVERY, "Qwen3", "qwen3", head_dim=128),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM", ("native",), "Qwen1.5-MoE, Qwen2-MoE", "qwen2", experts=True),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM", ("native",), "Qwen3-MoE", "qwen3", experts=True),
     )
 }
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The sizes of the mixtures of a decoder.
+
+    Attributes:
+        count: of the experts of a layer.
+        per_token: how many of them a token goes to.
+        intermediate: inner size of each.
+        shared_intermediate: inner size of the expert that all tokens go to; 0 when there is none.
+        sparse_step: every so many layers one is a mixture.
+        dense_layers: layers that are none, whatever the step says.
+    """
+
+    count: int
+    per_token: int
+    intermediate: int
+    shared_intermediate: int = 0
+    sparse_step: int = 1
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, in elements and counts."""
+    """The sizes of a decoder, in elements and counts; ``experts`` where it has mixtures."""
 
     model_type: str
     layers: int
@@ -51,17 +80,40 @@ class Shape:
     vocabulary: int
     context: int
     tied: bool
+    experts: Experts | None = None
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers whose MLP is a mixture of experts."""
+        given = self.experts
+        if given is None:
+            return ()
+        every = range(given.sparse_step - 1, self.layers, given.sparse_step)
+        return tuple(layer for layer in every if layer not in given.dense_layers)
 
     @property
     def body_parameters(self) -> int:
-        """Weights of the attention and MLP projections of all layers."""
+        """Weights of the attention and MLP projections of all layers; those of routers, which are few, left out."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        sparse = len(self.sparse_layers)
+        widths = (self.layers - sparse) * self.intermediate
+        if self.experts:
+            widths += sparse * (self.experts.count * self.experts.intermediate + self.experts.shared_intermediate)
+        return self.layers * attention + 3 * self.hidden * widths
 
     @property
     def vocabulary_parameters(self) -> int:
         """Weights of one vocabulary matrix (head or embedding)."""
         return self.vocabulary * self.hidden
+
+    def facts(self) -> dict[str, Any]:
+        """As a JSON value; without ``experts`` where there are none."""
+        found = asdict(self)
+        if self.experts is None:
+            del found["experts"]
+        else:
+            found["experts"]["dense_layers"] = list(self.experts.dense_layers)
+        return found
 
 
 # Our field → its key in config.json.
@@ -74,6 +126,13 @@ _FIELDS = {
     "kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "context": "max_position_embeddings",
+}
+_EXPERT_FIELDS = {
+    "count": "num_experts",
+    "per_token": "num_experts_per_tok",
+    "intermediate": "moe_intermediate_size",
+    "shared_intermediate": "shared_expert_intermediate_size",
+    "sparse_step": "decoder_sparse_step",
 }
 
 
@@ -113,9 +172,33 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     }
     sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
+    mixture = _expert_sizes(config, family)
+    bad += [f"{_EXPERT_FIELDS[field]} is {value!r}" for field, value in mixture.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
-    return Shape(model_type=family.model_type, tied=bool(config.get("tie_word_embeddings", False)), **sizes)
+    experts = Experts(**mixture, dense_layers=_dense_layers(config, sizes["layers"], where)) if mixture else None
+    if experts and experts.per_token > experts.count:
+        raise CheckpointError(f"a token goes to {experts.per_token} of {experts.count} experts", where=where)
+    tied = bool(config.get("tie_word_embeddings", False))
+    return Shape(model_type=family.model_type, tied=tied, **sizes, experts=experts)
+
+
+def _expert_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    if not family.experts:
+        return {}
+    sizes = {field: config.get(key) for field, key in _EXPERT_FIELDS.items()}
+    if sizes["sparse_step"] is None:
+        sizes["sparse_step"] = 1
+    if family.model_type != "qwen2_moe":
+        del sizes["shared_intermediate"]
+    return sizes
+
+
+def _dense_layers(config: Mapping[str, Any], layers: int, where: str) -> tuple[int, ...]:
+    given = config.get("mlp_only_layers") or []
+    if not isinstance(given, list) or not all(type(layer) is int and 0 <= layer < layers for layer in given):
+        raise CheckpointError(f"mlp_only_layers is {given!r}, no list of the {layers} layers", where=where)
+    return tuple(sorted(set(given)))
 
 
 def _is_size(value: Any) -> bool:

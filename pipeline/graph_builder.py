@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,15 @@ class GraphBuilder:
                 self._constants[name] = self._writer.write(name, values)
             else:
                 self._constants[name] = onnx.numpy_helper.from_array(values, name)
+        return name
+
+    def constant_of_parts(
+        self, name: str, dtype: type, dims: Sequence[int], parts: Iterable[npt.NDArray[Any]]
+    ) -> str:
+        """An initializer that is written part by part, and need not fit into memory."""
+        if self._writer is None:
+            return self.constant(name, np.concatenate([part.reshape(-1) for part in parts]).reshape(dims))
+        self._constants[name] = self._writer.write_parts(name, dtype, dims, parts)
         return name
 
     def ints(self, *values: int) -> str:

@@ -54,7 +54,8 @@ def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int
 
     Args:
         folder: created; gets config.json, generation_config.json, model.safetensors and the tokenizer's files.
-        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads).
+        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads); ``qwen2_moe`` (a shared expert,
+            weights as the router gives them, one layer of three without experts) or ``qwen3_moe`` (weights normalized).
         tied: whether head and embedding are one matrix.
         seed: two calls with the same seed write the same bytes.
     """
@@ -77,12 +78,10 @@ def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int
 
 def _model(model_type: str, tied: bool, used: int, tokens: dict[str, int]) -> Any:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[model_type]
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[model_type]
+    config_class, model_class = (getattr(transformers, f"{name}{kind}") for kind in ("Config", "ForCausalLM"))
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -94,8 +93,13 @@ def _model(model_type: str, tied: bool, used: int, tokens: dict[str, int]) -> An
         "max_window_layers": 2,
         "tie_word_embeddings": tied,
     }
-    if model_type == "qwen3":
+    if model_type.startswith("qwen3"):
         sizes["head_dim"] = 32
+    if model_type.endswith("_moe"):
+        sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        sizes["norm_topk_prob"] = model_type == "qwen3_moe"
+    if model_type == "qwen2_moe":
+        sizes |= {"shared_expert_intermediate_size": 96, "num_hidden_layers": 3, "mlp_only_layers": [1]}
     model = model_class(config_class(**sizes, **tokens)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -105,6 +109,8 @@ def _model(model_type: str, tied: bool, used: int, tokens: dict[str, int]) -> An
                 parameter.normal_(0.0, 0.1)
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.normal_(0.0, 1.0)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.normal_(0.0, 4 * parameter.shape[1] ** -0.5)  # routers are as sure as trained ones
             else:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
         if tied:
