@@ -25,13 +25,15 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant matrix that a node multiplies with or gathers from.
+    """A constant matrix that a node multiplies with or gathers from, or the matrices of all experts of a layer.
 
     Attributes:
         path: the checkpoint-like name that scheme patterns match, such as ``model.layers.0.mlp.up_proj``.
         node: index of the consuming node in ``graph.node``.
-        role: ``body``, ``head`` or ``embedding``.
-        rows, columns: output and input channels (vocabulary and hidden size for an embedding).
+        role: ``body``, ``head``, ``embedding``, ``router`` (chooses experts or weighs them) or ``experts``.
+        rows, columns: output and input channels (vocabulary and hidden size for an embedding); of an expert the inner
+            size and the hidden size.
+        count: of such matrices: of experts three each.
     """
 
     path: str
@@ -39,11 +41,16 @@ class Weight:
     role: str
     rows: int
     columns: int
+    count: int = 1
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.rows * self.columns
+        return self.count * self.rows * self.columns
+
+
+EXPERT_WEIGHTS = (2, 4)  # the inputs of a MoE node that are weights, see `pipeline.expert_graph`
+ROUTERS = ("gate", "shared_expert_gate")  # as the modules of a checkpoint are called
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -62,7 +69,7 @@ def load(path: Path) -> onnx.ModelProto:
 
 
 def weights(model: onnx.ModelProto) -> list[Weight]:
-    """The constant matrices of MatMul and Gather nodes, in graph order."""
+    """The constant matrices of MatMul, Gather and MoE nodes, in graph order."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     outputs = {value.name for value in model.graph.output}
     found = []
@@ -70,8 +77,14 @@ def weights(model: onnx.ModelProto) -> list[Weight]:
         if node.op_type == "MatMul" and node.input[1] in initializers:
             tensor = initializers[node.input[1]]
             if len(tensor.dims) == 2:
-                role = "head" if node.output[0] in outputs else "body"
-                found.append(Weight(path_of(node, tensor.name), index, role, tensor.dims[1], tensor.dims[0]))
+                path = path_of(node, tensor.name)
+                router = path.rpartition(".")[2] in ROUTERS
+                role = "head" if node.output[0] in outputs else "router" if router else "body"
+                found.append(Weight(path, index, role, tensor.dims[1], tensor.dims[0]))
+        elif node.op_type == "MoE" and node.input[EXPERT_WEIGHTS[1]] in initializers:
+            tensor = initializers[node.input[EXPERT_WEIGHTS[1]]]
+            experts, hidden, inner = tensor.dims
+            found.append(Weight(path_of(node, tensor.name), index, "experts", inner, hidden, 3 * experts))
         elif node.op_type == "Gather" and node.input[0] in initializers:
             tensor = initializers[node.input[0]]
             if len(tensor.dims) == 2 and _gathers_rows(node) and "cache" not in tensor.name:
@@ -86,7 +99,7 @@ def _gathers_rows(node: onnx.NodeProto) -> bool:
 def path_of(node: onnx.NodeProto, tensor: str) -> str:
     """Node names follow the modules (``/model/layers.0/mlp/up_proj/MatMul``) in both exporters."""
     parts = [part for part in re.sub(r"_Q[48]$", "", node.name).split("/") if part]
-    while parts and parts[-1].startswith(("MatMul", "Gather")):
+    while parts and parts[-1].startswith(("MatMul", "Gather", "MoE")):
         parts.pop()
     return ".".join(parts) or tensor
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import blockwise, graph
+from pipeline import blockwise, expert_weights, graph
 from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter, read_tensor
+from pipeline.expert_weights import QuantizeWeight
 from pipeline.graph import MICROSOFT, Weight
 from pipeline.scheme import WeightScheme
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import onnx
 
     from pipeline.artifact import Progress
-
-QuantizeWeight = Callable[[str, "npt.NDArray[Any]", WeightScheme], blockwise.BlockQuantized]
 
 
 def quantize_weights(
@@ -38,7 +37,7 @@ def quantize_weights(
     progress: Progress | None = None,
     kept: Mapping[str, onnx.TensorProto] | None = None,
 ) -> dict[str, float]:
-    """Replace MatMul and Gather weights by block-quantized ones, and move all others to ``writer``.
+    """Replace weights of MatMul, Gather and MoE by block-quantized ones, and move all others to ``writer``.
 
     Args:
         model: edited in place; its external data lies in the folder ``source``.
@@ -51,10 +50,10 @@ def quantize_weights(
         kept: initializers that ``writer`` has written before.
 
     Returns:
-        For each quantized path its relative squared error.
+        For each quantized path, and for each expert below one, its relative squared error.
 
     Raises:
-        StageError: the embedding cannot be shared, or a weight has NaN or infinite values.
+        StageError: the embedding cannot be shared, experts have no such form, or a weight has NaN or infinite values.
     """
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     todo = graph.weights(model)
@@ -63,30 +62,38 @@ def quantize_weights(
     shared = _shareable(head, embedding, schemes) if share_embedding else None
     written: dict[str, onnx.TensorProto] = dict(kept or {})
     errors: dict[str, float] = {}
-    dequantizers: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
+    inserted: list[tuple[onnx.NodeProto, onnx.NodeProto]] = []
     for done, weight in enumerate(todo):
         scheme = schemes.get(weight.path)
         if scheme is None or (share_embedding and weight is embedding):
             continue
         node = model.graph.node[weight.node]
-        name = node.input[1 if node.op_type == "MatMul" else 0]
-        values = read_tensor(initializers[name], source)
-        values = values.T if node.op_type == "MatMul" else values
         try:
-            quantized = quantize(weight.path, values, scheme)
+            if weight.role == "experts":
+                if form != "nbits":
+                    why = f"experts have no form {form}"
+                    raise StageError(f"weight {weight.path} cannot be quantized", why=why, fix="set `experts: dense`")
+                place = (initializers, source, writer, written)
+                errors |= expert_weights.become_quantized(node, weight, scheme, accuracy_level, *place, quantize)
+                inserted.append((expert_weights.router_weights(node), node))
+            else:
+                name = node.input[1 if node.op_type == "MatMul" else 0]
+                values = read_tensor(initializers[name], source)
+                quantized = quantize(weight.path, values.T if node.op_type == "MatMul" else values, scheme)
+                errors[weight.path] = quantized.relative_error
+                if form == "qdq":
+                    made = _dequantizer(node, name, quantized, weight, scheme, writer, written)
+                    inserted.append((made, node))
+                else:
+                    _become_nbits(node, name, quantized, weight, scheme, accuracy_level, writer, written)
         except ValueError as error:
             raise StageError(f"weight {weight.path} cannot be quantized", why=str(error)) from error
-        errors[weight.path] = quantized.relative_error
-        if form == "qdq":
-            dequantizers.append((_dequantizer(node, name, quantized, weight, scheme, writer, written), node))
-        else:
-            _become_nbits(node, name, quantized, weight, scheme, accuracy_level, writer, written)
         if progress is not None:
             progress((done + 1) / len(todo), weight.path)
     if shared:
         _gather_from_head(model, *shared, written)
     nodes = list(model.graph.node)
-    for added, node in reversed(dequantizers):
+    for added, node in reversed(inserted):
         model.graph.node.insert(nodes.index(node), added)
     _move_rest(model, source, writer, written)
     if not any(entry.domain == MICROSOFT for entry in model.opset_import):
@@ -252,7 +259,9 @@ def quantized_schemes(model: onnx.ModelProto) -> dict[str, WeightScheme]:
     """The schemes of the block-quantized weights of a graph, by `Weight.path`."""
     found = {}
     for node in model.graph.node:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+        if node.op_type == "QMoE":
+            found[graph.path_of(node, node.input[0])] = expert_weights.scheme_of(node)
+        elif node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
             values = {attribute.name: attribute.i for attribute in node.attribute}
             found[graph.path_of(node, node.input[0])] = WeightScheme(
                 bits=values["bits"],

@@ -39,7 +39,7 @@ def quantize(
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
-        ``relative_error`` (mean over weights) where known, ``operators``.
+        ``relative_error`` (mean over weights) where known, ``operators``; ``experts``: the errors of single ones.
 
     Raises:
         RecipeError: a pattern matches no weight, or the pass has no way to quantize a weight.
@@ -62,12 +62,23 @@ def quantize(
         )
     operators = graph.operators(after)
     _check_quantized(scheme, found, wanted, graph_weights.quantized_schemes(after), operators)
+    experts = {weight.path for weight in found if weight.role == "experts"}
+    each = {path: error for path, error in errors.items() if path.rpartition(".")[0] in experts}
+    errors = {path: error for path, error in errors.items() if path not in each}
     return {
         "bits_per_weight": round(stored_bits(after, out_dir) / sum(weight.size for weight in found), 3),
         "weights": dict(Counter(_label(given) for given in wanted.values())),
         "relative_error": round(sum(errors.values()) / len(errors), 6) if errors else None,
         "operators": operators,
+        **({"experts": _expert_errors(each)} if each else {}),
     }
+
+
+def _expert_errors(each: Mapping[str, float]) -> dict[str, Any]:
+    """Of the relative squared errors of single experts the mean and the worst."""
+    worst = max(each, key=lambda path: each[path])
+    mean = sum(each.values()) / len(each)
+    return {"count": len(each), "relative_error": round(mean, 6), "worst": worst, "worst_error": round(each[worst], 6)}
 
 
 def _label(given: WeightScheme) -> str:
@@ -87,7 +98,7 @@ def _wanted(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme
                 f"the graph's {role} cannot be quantized",
                 why=f"no weight of its own is used as {role}: {', '.join(paths)}",
             )
-    _check_patterns(scheme, paths)
+    _check_patterns(scheme, [weight.path for weight in found if weight.role != "router"])
     wanted = {}
     for weight in found:
         given = scheme.of_weight(weight.path, weight.role)

@@ -71,7 +71,7 @@ class Scheme(Frozen):
             ``static`` (Olive's calibrated QDQ pass for NPUs: 16-bit activations), ``w8a8`` (ours for processors:
             8-bit weights by channel, 8-bit activations by token), ``nncf`` (Olive's pass for OpenVINO: weights only,
             the most sensitive of them and head and embedding in 8 bits), or ``none`` (weights stay as exported).
-        body: the scheme of all projections that nothing else names.
+        body: the scheme of all projections and experts that nothing else names.
         head: the scheme of the output head.
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
         overrides: exceptions for single weights.
@@ -103,6 +103,8 @@ class Scheme(Frozen):
 
     def of_weight(self, path: str, role: str) -> WeightScheme | None:
         """The scheme of one weight; ``None`` keeps it as exported (or, for a shared embedding, in the head)."""
+        if role == "router":
+            return None  # it decides who computes: a rounding error would be no small one
         if any(fnmatchcase(path, pattern) for pattern in self.exclude):
             return None
         for override in reversed(self.overrides):
