@@ -39,6 +39,9 @@ _INPUT = {
     "lm_head": "head",
 }
 
+# Experts that fewer tokens went to take least-squares scales: that many say little of an expert's inputs.
+_FEWEST = 64
+
 
 class Hessians:
     """Hessians of the projections, to be asked for in the order in which the model computes them.
@@ -53,18 +56,22 @@ class Hessians:
         self._decoder = decoder.Decoder(checkpoint, rotate)
         ids = _windows(checkpoint, windows)
         self._order = [
-            *((layer, kind) for layer in range(self._decoder.count) for kind in ("attention", "heads", "mlp", "gated")),
+            *((layer, kind) for layer in range(self._decoder.count) for kind in self._decoder.kinds(layer)),
             (self._decoder.count, "head"),
         ]
         self._steps = self._walk(ids)
         self._at = -1
         self._layer: Any = None
         self._now: torch.Tensor | None = None
+        self._routing: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._key = ""
         self._kept: tuple[torch.Tensor, ...] = ()
         self._factor: tuple[gptq.Factor, ...] = ()
 
     def of(self, path: str) -> tuple[torch.Tensor, ...]:
-        """The Hessian (`gptq.hessian`) of the inputs of a weight; of the embedding there is none, which is empty.
+        """The Hessian (`gptq.hessian`) of the inputs of a weight.
+
+        It is empty where there is none: of the embedding, and of an expert that hardly any token went to.
 
         Raises:
             StageError: what comes after the weight has been asked for already.
@@ -73,10 +80,32 @@ class Hessians:
         if step is None:
             return ()
         self._advance(path, step)
-        if not self._kept:
-            assert self._now is not None
-            self._kept = gptq.hessian(self._now)
+        key = _key(path)
+        if key != self._key or not self._kept:
+            inputs = self._inputs(path)
+            self._kept = gptq.hessian(inputs) if inputs is not None else ()
+            self._key, self._factor = key, ()
         return self._kept
+
+    def _inputs(self, path: str) -> torch.Tensor | None:
+        """The inputs ``[S, K]`` of a weight; of an expert's those of its tokens, as large as the router weighs them."""
+        import torch
+
+        assert self._now is not None
+        if ".experts." not in path:
+            return self._now
+        with torch.inference_mode():
+            if self._routing is None:
+                self._routing = _routed(self._layer.mlp, self._now)
+            weights, chosen = self._routing
+            rows, places = torch.where(chosen == decoder.expert_of(path))
+            if len(rows) < _FEWEST:
+                return None
+            inputs = self._now[rows]
+            if path.endswith("down_proj"):
+                expert = self._layer.mlp.experts[decoder.expert_of(path)]
+                inputs = expert.act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs)
+            return inputs * weights[rows, places, None]
 
     def factor(self, path: str) -> tuple[gptq.Factor, ...]:
         """The factors of the Hessian `of` a weight."""
@@ -110,7 +139,11 @@ class Hessians:
         if self._layer is None:
             return
         modules = decoder.projections(self._layer, path)
-        rows = torch.from_numpy(weight()).split([module.out_features for module in modules])
+        values = torch.from_numpy(weight())
+        if path.endswith("gate_up_proj"):
+            rows: Any = (values[0::2].contiguous(), values[1::2].contiguous())
+        else:
+            rows = values.split([module.out_features for module in modules])
         for module, part in zip(modules, rows, strict=True):
             module.weight.data = part
 
@@ -121,11 +154,11 @@ class Hessians:
             raise StageError(f"{path} comes too late", why=why)
         while self._at < step:
             self._now = next(self._steps)
-            self._kept, self._factor = (), ()
+            self._kept, self._factor, self._routing = (), (), None
             self._at += 1
 
     def _step(self, path: str) -> int | None:
-        kind = _INPUT.get(path.rpartition(".")[2])
+        kind = "experts" if ".experts." in path else _INPUT.get(path.rpartition(".")[2])
         if kind is None:
             return None
         layer = decoder.layer_of(path)
@@ -149,16 +182,33 @@ class Hessians:
             with torch.inference_mode():
                 hidden = hidden + layer.self_attn.o_proj(heads)
                 normed = layer.post_attention_layernorm(hidden)
-            yield normed.flatten(0, 1)
+            mixed = hasattr(layer.mlp, "experts")
+            mlp = getattr(layer.mlp, "shared_expert", None) if mixed else layer.mlp
+            if mlp is not None:
+                yield normed.flatten(0, 1)
+                with torch.inference_mode():
+                    gated = _input_of(mlp.down_proj, mlp, normed)
+                yield gated.flatten(0, 1)
+            if mixed:
+                yield normed.flatten(0, 1)
             with torch.inference_mode():
-                gated = _input_of(layer.mlp.down_proj, layer.mlp, normed)
-            yield gated.flatten(0, 1)
-            with torch.inference_mode():
-                hidden += layer.mlp.down_proj(gated)
+                hidden += torch.cat([layer.mlp(row[None])[0] for row in normed]) if mixed else mlp.down_proj(gated)
         self._layer = None
         with torch.inference_mode():
             normed = self._decoder.last_norm(hidden)
         yield normed.flatten(0, 1)
+
+
+def _key(path: str) -> str:
+    """The same for weights that read the same input, within a step."""
+    return path.rpartition(".")[0] + path.endswith("down_proj") * ".inner" if ".experts." in path else ""
+
+
+def _routed(mixture: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token (``[S, H]``) the weights of its experts and their indices, both ``[S, C]``."""
+    share = mixture.gate(inputs).softmax(-1)
+    weights, chosen = share.topk(mixture.top_k, -1)
+    return (weights / weights.sum(-1, keepdim=True) if mixture.norm_topk_prob else weights), chosen
 
 
 def windows(checkpoint: Path, count: int) -> list[list[int]]:

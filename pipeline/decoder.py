@@ -48,6 +48,13 @@ class Decoder:
         """Number of layers."""
         return len(self._model.model.layers)
 
+    def kinds(self, index: int) -> tuple[str, ...]:
+        """Which inputs the projections of a layer have, in the order of computation: `pipeline.calibration`."""
+        mlp = self._model.model.layers[index].mlp
+        if not hasattr(mlp, "experts"):
+            return ("attention", "heads", "mlp", "gated")
+        return ("attention", "heads", *(("mlp", "gated") if hasattr(mlp, "shared_expert") else ()), "experts")
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[W, T, H]`` of ids ``[W, T]``."""
         return self._call("model.embed_tokens", ids)
@@ -87,7 +94,8 @@ class Decoder:
             module.to("meta")
 
 
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}  # as the genai builder fuses them
+# As the genai builder fuses them, and as `MoE` nodes have them: the latter's rows are in turns.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def layer_of(path: str) -> int | None:
@@ -101,11 +109,22 @@ def projections(layer: Any, path: str) -> list[Any]:
     Raises:
         StageError: the layer has no such module.
     """
-    name = path.rpartition(".")[2]
+    parts = path.split(".")
+    owners = (layer.self_attn, layer.mlp)
+    if "experts" in parts:
+        owners = (layer.mlp.experts[expert_of(path)],)
+    elif "shared_expert" in parts:
+        owners = (layer.mlp.shared_expert,)
     found = []
-    for part in _FUSED.get(name, (name,)):
-        owner = next((owner for owner in (layer.self_attn, layer.mlp) if hasattr(owner, part)), None)
+    for part in _FUSED.get(parts[-1], (parts[-1],)):
+        owner = next((owner for owner in owners if hasattr(owner, part)), None)
         if owner is None:
             raise StageError(f"a decoder layer has no {part}", where=path)
         found.append(getattr(owner, part))
     return found
+
+
+def expert_of(path: str) -> int:
+    """The index of the expert that a weight (``….experts.3.down_proj``) belongs to."""
+    parts = path.split(".")
+    return int(parts[parts.index("experts") + 1])
