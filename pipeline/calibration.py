@@ -183,7 +183,7 @@ class Hessians:
                 hidden = hidden + layer.self_attn.o_proj(heads)
                 normed = layer.post_attention_layernorm(hidden)
             mixed = hasattr(layer.mlp, "experts")
-            mlp = getattr(layer.mlp, "shared_expert", None) if mixed else layer.mlp
+            mlp: Any = getattr(layer.mlp, "shared_expert", None) if mixed else layer.mlp
             if mlp is not None:
                 yield normed.flatten(0, 1)
                 with torch.inference_mode():

@@ -110,7 +110,7 @@ def projections(layer: Any, path: str) -> list[Any]:
         StageError: the layer has no such module.
     """
     parts = path.split(".")
-    owners = (layer.self_attn, layer.mlp)
+    owners: tuple[Any, ...] = (layer.self_attn, layer.mlp)
     if "experts" in parts:
         owners = (layer.mlp.experts[expert_of(path)],)
     elif "shared_expert" in parts:

@@ -3,9 +3,10 @@
 Shapes in this module:
     E: experts of a layer, N: output channels, K: input channels, B: block size.
 
-Of each of its two weights ``QMoE`` (ONNX Runtime, docs/ContribOperators.md) takes the codes ``[E, N, K * bits / 8]``, the
-scales ``[E, N, K / B]`` and, unless symmetric, the zero points, packed like the codes: the layout of `pipeline.blockwise`,
-an expert after the other. It multiplies with the router's weights that it is given, not with what it computes itself.
+Of each of its two weights ``QMoE`` (ONNX Runtime, docs/ContribOperators.md) takes the codes ``[E, N, K * bits / 8]``,
+the scales ``[E, N, K / B]`` and, unless symmetric, the zero points, packed like the codes: the layout of
+`pipeline.blockwise`, an expert after the other. The weights of the chosen experts it normalizes, unless it is given the
+router's own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def become_quantized(
     written: dict[str, onnx.TensorProto],
     quantize: QuantizeWeight,
 ) -> dict[str, float]:
-    """Make ``node`` (a ``MoE``) a ``QMoE``, which reads its router's weights from `router_weights`.
+    """Make ``node`` (a ``MoE``) a ``QMoE``, which may need the node of `router_weights`.
 
     Args:
         initializers: of the model, whose external data lies in ``source``.
@@ -100,7 +101,10 @@ def become_quantized(
         if zeros:
             inputs[_ZEROS[place]] = f"{name}_zero_point"
             written[f"{name}_zero_point"] = writer.write(f"{name}_zero_point", np.stack(zeros))
-    inputs[_ROUTER_WEIGHTS] = f"{node.output[0]}/router_weights"
+    if any(attribute.name == "normalize_routing_weights" and not attribute.i for attribute in node.attribute):
+        inputs[_ROUTER_WEIGHTS] = f"{node.output[0]}/router_weights"
+    while not inputs[-1]:
+        inputs.pop()
     _become(node, inputs, scheme, accuracy_level)
     errors = np.divide(lost, total, out=np.zeros_like(lost), where=total > 0)
     each = {f"{weight.path}.{expert}": float(error) for expert, error in enumerate(errors)}
@@ -125,22 +129,25 @@ def _become(node: onnx.NodeProto, inputs: list[str], scheme: WeightScheme, accur
     node.input[:] = inputs
 
 
-def router_weights(node: onnx.NodeProto) -> onnx.NodeProto:
-    """The node that makes the router's weights for ``node`` (a ``QMoE``) of its logits, to be put before it.
+def router_weights(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The node, to be put before ``node`` (a ``QMoE``), that makes the router's weights, if it needs them.
 
-    Without them the operator normalizes the weights of the chosen experts, whatever its attribute says.
+    The operator ignores that weights are not to be normalized, unless it is given them. Where they are, not all
+    providers take them.
     """
     import onnx
 
+    if len(node.input) <= _ROUTER_WEIGHTS:
+        return []
     name = f"{node.name.rpartition('/')[0]}/router_weights/Softmax"
-    return onnx.helper.make_node("Softmax", [node.input[1]], [node.input[_ROUTER_WEIGHTS]], name=name, axis=-1)
+    return [onnx.helper.make_node("Softmax", [node.input[1]], [node.input[_ROUTER_WEIGHTS]], name=name, axis=-1)]
 
 
 def scheme_of(node: onnx.NodeProto) -> WeightScheme:
     """How the weights of a ``QMoE`` are quantized."""
     values = {attribute.name: attribute.i for attribute in node.attribute}
     return WeightScheme(
-        bits=values["expert_weight_bits"],  # type: ignore[arg-type]
-        block_size=values["block_size"],  # type: ignore[arg-type]
-        symmetric=not node.input[_ZEROS[0]],
+        bits=values["expert_weight_bits"],
+        block_size=values["block_size"],
+        symmetric=len(node.input) <= _ZEROS[0] or not node.input[_ZEROS[0]],
     )

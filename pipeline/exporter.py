@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import decoder_graph, graph, olive, openvino
-from pipeline.errors import StageError
+from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.family import FAMILIES, read_shape
 from pipeline.target import CPU
@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     import onnx
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16"}
+
+
+def check_family(checkpoint: Path, exporter: str) -> None:
+    """Refuse what an exporter cannot write, which `pipeline.plan` does for models whose sizes it knows.
+
+    Raises:
+        RecipeError: it is such a model.
+    """
+    family = FAMILIES[read_shape(_settings(checkpoint)[0], str(checkpoint / "config.json")).model_type]
+    if exporter not in family.exporters:
+        raise RecipeError(
+            f"{exporter} cannot export {family.model_type}",
+            where="export.exporter",
+            fix=f"use {' or '.join(family.exporters)}",
+        )
 
 
 def export_genai(checkpoint: Path, out_dir: Path, options: Mapping[str, Any], provider: str, dtype: str) -> None:
@@ -105,9 +120,7 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bo
     tensors = Tensors(checkpoint)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         try:
-            model = decoder_graph.write(
-                config, tensors, writer, np.dtype(dtype).type, fused_experts=fused_experts
-            )
+            model = decoder_graph.write(config, tensors, writer, np.dtype(dtype).type, fused_experts=fused_experts)
         except ValueError as error:
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)

@@ -53,6 +53,7 @@ class Experts:
         count: of the experts of a layer.
         per_token: how many of them a token goes to.
         intermediate: inner size of each.
+        normalized: whether the weights of the chosen ones sum to one.
         shared_intermediate: inner size of the expert that all tokens go to; 0 when there is none.
         sparse_step: every so many layers one is a mixture.
         dense_layers: layers that are none, whatever the step says.
@@ -61,6 +62,7 @@ class Experts:
     count: int
     per_token: int
     intermediate: int
+    normalized: bool = False
     shared_intermediate: int = 0
     sparse_step: int = 1
     dense_layers: tuple[int, ...] = ()
@@ -176,7 +178,11 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     bad += [f"{_EXPERT_FIELDS[field]} is {value!r}" for field, value in mixture.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
-    experts = Experts(**mixture, dense_layers=_dense_layers(config, sizes["layers"], where)) if mixture else None
+    experts = None
+    if mixture:
+        normalized = bool(config.get("norm_topk_prob", False))
+        dense = _dense_layers(config, sizes["layers"], where)
+        experts = Experts(**mixture, normalized=normalized, dense_layers=dense)
     if experts and experts.per_token > experts.count:
         raise CheckpointError(f"a token goes to {experts.per_token} of {experts.count} experts", where=where)
     tied = bool(config.get("tie_word_embeddings", False))

@@ -42,9 +42,7 @@ class GraphBuilder:
                 self._constants[name] = onnx.numpy_helper.from_array(values, name)
         return name
 
-    def constant_of_parts(
-        self, name: str, dtype: type, dims: Sequence[int], parts: Iterable[npt.NDArray[Any]]
-    ) -> str:
+    def constant_of_parts(self, name: str, dtype: type, dims: Sequence[int], parts: Iterable[npt.NDArray[Any]]) -> str:
         """An initializer that is written part by part, and need not fit into memory."""
         if self._writer is None:
             return self.constant(name, np.concatenate([part.reshape(-1) for part in parts]).reshape(dims))

@@ -70,12 +70,10 @@ def quantize_weights(
         node = model.graph.node[weight.node]
         try:
             if weight.role == "experts":
-                if form != "nbits":
-                    why = f"experts have no form {form}"
-                    raise StageError(f"weight {weight.path} cannot be quantized", why=why, fix="set `experts: dense`")
+                _check_form(form, weight)
                 place = (initializers, source, writer, written)
                 errors |= expert_weights.become_quantized(node, weight, scheme, accuracy_level, *place, quantize)
-                inserted.append((expert_weights.router_weights(node), node))
+                inserted += [(added, node) for added in expert_weights.router_weights(node)]
             else:
                 name = node.input[1 if node.op_type == "MatMul" else 0]
                 values = read_tensor(initializers[name], source)
@@ -99,6 +97,12 @@ def quantize_weights(
     if not any(entry.domain == MICROSOFT for entry in model.opset_import):
         model.opset_import.add(domain=MICROSOFT, version=1)
     return errors
+
+
+def _check_form(form: str, weight: Weight) -> None:
+    if form != "nbits":
+        why = f"fused experts have no form {form}"
+        raise StageError(f"weight {weight.path} cannot be quantized", why=why, fix="set `export.experts: dense`")
 
 
 def _become_nbits(

@@ -12,9 +12,9 @@ from typing import Any
 from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import Shape, read_shape
+from pipeline.family import Experts, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS, Target, file_problem
+from pipeline.target import TARGETS, Target, expert_problems, file_problem, fused_problem
 
 _GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
@@ -80,6 +80,8 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
+    if shape:
+        _check_family(loaded, target, shape)
     size = _estimate("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
@@ -117,6 +119,18 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     return list(steps.values())
 
 
+def _check_family(loaded: Loaded, target: Target, shape: Shape) -> None:
+    export = loaded.recipe.export
+    given = (target, export.exporter, export.rotate, export.experts, loaded.recipe.quantize, shape)
+    found = [f"  {'.'.join(map(str, loc))}: {text}" for loc, text in expert_problems(*given)]
+    if found:
+        raise RecipeError(
+            f"{shape.model_type} cannot be built as the recipe says\n" + "\n".join(found),
+            where=str(loaded.path),
+            fix="correct the recipe; `qwen-onnx recipe schema` lists all keys",
+        )
+
+
 def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
     """The versions that a step's result depends on."""
     if target.isolated and stage.name in ("export", "quantize"):
@@ -148,7 +162,9 @@ def shape_of(loaded: Loaded) -> Shape | None:
     """The model's sizes as far as they are known without fetching: from the recipe, or a local config.json."""
     given = loaded.recipe.architecture
     if given:
-        return Shape(**given.model_dump(), context=0, tied=False)
+        sizes = given.model_dump(exclude={"experts"})
+        experts = Experts(**given.experts.model_dump()) if given.experts else None
+        return Shape(**sizes, context=0, tied=False, experts=experts)
     for source in loaded.recipe.checkpoint.sources:
         if source.type == "local":
             path = loaded.path.parent / source.path / "config.json"
@@ -169,7 +185,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
         draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
-        own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft}
+        own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft, "experts": _experts(loaded)}
         return {**recipe.export.model_dump(mode="json"), **own, **npu}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
@@ -211,6 +227,16 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         "replay": asdict(target.replay),
         "max_file": target.max_file,
     }
+
+
+def _experts(loaded: Loaded) -> str | None:
+    """How the graph has mixtures of experts; ``None`` for a model without."""
+    target, shape, given = TARGETS[loaded.recipe.target], shape_of(loaded), loaded.recipe.export.experts
+    if shape is None:
+        return given or ("fused" if target.kernels and target.kernels.experts else "dense")
+    if shape.experts is None:
+        return None
+    return given or ("dense" if fused_problem(target, loaded.recipe.quantize, shape) else "fused")
 
 
 def _install(target: Target) -> str:
@@ -256,7 +282,7 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
             raise CheckpointError(f"there is no adapter at {adapter}", where=str(loaded.path))
         identity["adapter"] = digest.of_tree(adapter)
     given = loaded.recipe.architecture
-    identity["architecture"] = given.model_dump() if given else None
+    identity["architecture"] = given.model_dump(mode="json", exclude_none=True) if given else None
     return identity
 
 
@@ -302,7 +328,14 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     seconds = weights / _GB  # a step's time is proportional to the weights it reads
     table = {
         "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
-        "export": Estimate(weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)),
+        # Our own exporter has a weight or an expert in memory at a time.
+        "export": Estimate(
+            2 * vocabulary + _GB
+            if recipe.export.exporter == "native" and not recipe.export.rotate
+            else weights * 3 // 2 + _GB // 2,
+            weights,
+            8 + int(10 * seconds),
+        ),
         "quantize": Estimate(
             int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
         ),

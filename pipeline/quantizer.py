@@ -14,6 +14,7 @@ from pipeline import graph, graph_weights, olive
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter, stored_bits
 from pipeline.scheme import Scheme, WeightScheme
+from pipeline.target import EXPERT_ALGORITHMS
 
 if TYPE_CHECKING:
     from pipeline.artifact import Progress
@@ -47,6 +48,7 @@ def quantize(
     """
     before = graph.load(source / "model.onnx")
     found = graph.weights(before)
+    _check_experts(scheme, found)
     wanted = _wanted(scheme, found)
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error", "w8a8"):
@@ -112,6 +114,19 @@ def _wanted(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme
             )
         wanted[weight.path] = given
     return wanted
+
+
+def _check_experts(scheme: Scheme, found: list[graph.Weight]) -> None:
+    """Refuse what would leave experts in float or quantize routers; `pipeline.plan` does so where it knows of them."""
+    roles = {weight.role for weight in found}
+    if ("experts" in roles and scheme.algorithm not in EXPERT_ALGORITHMS) or (
+        "router" in roles and scheme.algorithm == "dynamic"
+    ):
+        raise RecipeError(
+            f"algorithm {scheme.algorithm} cannot quantize a mixture of experts",
+            where="quantize.algorithm",
+            fix="use gptq or min_error",
+        )
 
 
 def _check_patterns(scheme: Scheme, paths: list[str]) -> None:

@@ -91,6 +91,18 @@ class Checkpoint(Frozen):
     languages: tuple[str, ...] = ()
 
 
+class ExpertSizes(Frozen):
+    """Sizes of the mixtures of experts, see `pipeline.family.Experts`."""
+
+    count: Annotated[int, Field(gt=0)]
+    per_token: Annotated[int, Field(gt=0)]
+    intermediate: Annotated[int, Field(gt=0)]
+    normalized: bool = False
+    shared_intermediate: Annotated[int, Field(ge=0)] = 0
+    sparse_step: Annotated[int, Field(gt=0)] = 1
+    dense_layers: tuple[int, ...] = ()
+
+
 class Architecture(Frozen):
     """Sizes needed to plan before anything is fetched; compared with the checkpoint's own config.json."""
 
@@ -102,6 +114,7 @@ class Architecture(Frozen):
     kv_heads: Annotated[int, Field(gt=0)]
     head_dim: Annotated[int, Field(gt=0)]
     vocabulary: Annotated[int, Field(gt=0)]
+    experts: ExpertSizes | None = None
 
 
 class Export(Frozen):
@@ -117,6 +130,8 @@ class Export(Frozen):
         last_token_head: compute the head for the last token of a prompt only.
         draft_tokens: and for so many tokens before it, which lets a draft of that length be verified in one forward
             (`pipeline.speculation`); the target's own number when left out.
+        experts: ``fused`` (a mixture of experts is one operator) or ``dense`` (plain operators: every expert for every
+            token); ``fused`` where the target and the scheme can, when left out.
         options: more options of the Olive pass, checked against the installed pass.
     """
 
@@ -125,6 +140,7 @@ class Export(Frozen):
     rotate: bool = False
     last_token_head: bool = True
     draft_tokens: Annotated[int, Field(ge=0, le=127)] | None = None
+    experts: Literal["fused", "dense"] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -404,8 +420,12 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
         if family is None:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in (*family.exporters, "static", "openvino"):
+            return
+        if export and export.exporter not in family.exporters:
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+        if family.experts != (architecture.experts is not None):
+            text = "needs `experts`: {count, per_token, intermediate, …}" if family.experts else "has no `experts`"
+            yield ("architecture", "experts"), f"{family.model_type} {text}"
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:

@@ -44,12 +44,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     Raises:
         StageError: the exporter failed, or wrote something else.
-        RecipeError: it does not take an option.
+        RecipeError: it does not take an option, or cannot export models of this family.
     """
     import onnx
 
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
     source = inputs["checkpoint"].path
+    exporter.check_family(source, spec.exporter)
     if spec.exporter == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
     olive.check_options(spec.exporter, spec.options, "export.options")
@@ -93,13 +94,14 @@ def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Pro
 
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
     progress(0.3, "writing weights")
-    model = exporter.export_native(given, out_dir, dtype)
+    model = exporter.export_native(given, out_dir, dtype, spec.experts != "dense")
     if spec.last_token_head:
         graph.prune_head(model, 1 + (spec.draft_tokens or 0))
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)
-    return Result({"exporter": "native", "opset": decoder_graph.OPSET, "operators": graph.operators(model)})
+    facts = {"exporter": "native", "opset": decoder_graph.OPSET, "operators": graph.operators(model)}
+    return Result(facts | ({"experts": spec.experts} if spec.experts else {}))
 
 
 def _copy_sidecars(source: Path, out_dir: Path) -> None:
