@@ -10,8 +10,8 @@ import numpy as np
 
 from pipeline import blockwise, expert_weights, graph
 from pipeline.errors import StageError
-from pipeline.external_data import ExternalDataWriter, read_tensor
 from pipeline.expert_weights import QuantizeWeight
+from pipeline.external_data import ExternalDataWriter, read_tensor
 from pipeline.graph import MICROSOFT, Weight
 from pipeline.scheme import WeightScheme
 
