@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 QuantizeWeight = Callable[[str, "npt.NDArray[Any]", WeightScheme], blockwise.BlockQuantized]
 
 # Inputs of a QMoE node: of its first and its second weight the codes, the scales and the zero points.
-_CODES, _SCALES, _ZEROS, _ROUTER_WEIGHTS = (2, 5), (3, 6), (11, 12), 14
+_CODES, _SCALES, _ZEROS = (2, 5), (3, 6), (11, 12)
+ROUTER_WEIGHTS = 14
 PARTS = ("gate_up_proj", "down_proj")  # what the two weights of an expert are called, below its path
 _KEPT = ("k", "activation_type", "swiglu_fusion", "activation_alpha", "activation_beta", "normalize_routing_weights")
 
@@ -102,7 +103,7 @@ def become_quantized(
             inputs[_ZEROS[place]] = f"{name}_zero_point"
             written[f"{name}_zero_point"] = writer.write(f"{name}_zero_point", np.stack(zeros))
     if any(attribute.name == "normalize_routing_weights" and not attribute.i for attribute in node.attribute):
-        inputs[_ROUTER_WEIGHTS] = f"{node.output[0]}/router_weights"
+        inputs[ROUTER_WEIGHTS] = f"{node.output[0]}/router_weights"
     while not inputs[-1]:
         inputs.pop()
     _become(node, inputs, scheme, accuracy_level)
@@ -137,10 +138,10 @@ def router_weights(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """
     import onnx
 
-    if len(node.input) <= _ROUTER_WEIGHTS:
+    if len(node.input) <= ROUTER_WEIGHTS:
         return []
     name = f"{node.name.rpartition('/')[0]}/router_weights/Softmax"
-    return [onnx.helper.make_node("Softmax", [node.input[1]], [node.input[_ROUTER_WEIGHTS]], name=name, axis=-1)]
+    return [onnx.helper.make_node("Softmax", [node.input[1]], [node.input[ROUTER_WEIGHTS]], name=name, axis=-1)]
 
 
 def scheme_of(node: onnx.NodeProto) -> WeightScheme:

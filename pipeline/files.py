@@ -1,9 +1,10 @@
-"""Files that are there as a whole, or not at all."""
+"""Files that are there as a whole, or not at all; files that are there twice."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 from pipeline.errors import ResourceError
@@ -30,3 +31,11 @@ def publish(path: Path, text: str) -> None:
         raise ResourceError(
             f"{path} cannot be written", why=str(error), fix="free some space, or give another place"
         ) from None
+
+
+def link(source: Path, path: Path) -> None:
+    """Let ``path`` be the same file as ``source``, or a copy where the file system has no hard links."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)

@@ -27,6 +27,8 @@ _METRICS = {
     "p99_kl": "99th percentile of KL divergence (nats)",
     "perplexity_ratio": "perplexity over the reference’s",
     "top1": "top-1 agreement",
+    "routing": "experts chosen as the reference does",
+    "expert_error": "largest error of one expert",
     "greedy": "greedy agreement",
     "runaway_answers": "answers that do not end",
     "eos_mismatches": "end tokens that differ",

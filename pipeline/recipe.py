@@ -183,6 +183,8 @@ class Gates(Frozen):
     perplexity_ratio: Positive
     greedy: Share = 0.0
     runaway: Annotated[int, Field(ge=0)] = 0
+    routing: Share = 0.0
+    expert_error: Positive = 0.1
 
 
 class Validate(Frozen):

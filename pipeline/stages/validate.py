@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
+from pipeline import (
+    expert_agreement,
+    files,
+    generate,
+    graph,
+    metrics,
+    npu_agreement,
+    openvino,
+    parity,
+    reference,
+    replay,
+    texts,
+)
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
@@ -80,13 +91,19 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             report |= _compiled_agreement(torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress)
         else:
             whole = _whole_prompts(session, scratch)
-            report |= _agreement(torch_model, session, whole, windows, progress)
+            with expert_agreement.Recorder(torch_model) as seen:
+                report |= _agreement(torch_model, session, whole, windows, progress)
+            if seen.mixtures:
+                progress(0.82, "experts, one by one")
+                rows = [window.ids for window in windows]
+                report["experts"] = expert_agreement.measure(seen, package, rows, out_dir.parent / "experts")
     except ValueError as error:
         report["finite"] = False
         report["failure"] = str(error)
     else:
         report["finite"] = True
-    shutil.rmtree(scratch, ignore_errors=True)
+    for folder in (scratch, out_dir.parent / "experts"):
+        shutil.rmtree(folder, ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
     conversations = texts.CONVERSATIONS[: spec.answers]
     report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
@@ -150,10 +167,7 @@ def _whole_prompt_twin(package: Path, folder: Path) -> Path:
     onnx.save(model, str(folder / "model.onnx"))
     for path in package.iterdir():
         if path.name != "model.onnx":
-            try:
-                os.link(path, folder / path.name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, folder / path.name)
+            files.link(path, folder / path.name)
     return folder
 
 
@@ -259,6 +273,10 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
             if bound is not None:
                 found.append(_gate(metric, path, figures[metric], bound, "max"))
         found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
+    if "experts" in report:
+        routing, outputs = report["experts"]["routing"], report["experts"]["outputs"]
+        found.append(_gate("routing", "prefill", routing["agreement"], wanted.routing, "min"))
+        found.append(_gate("expert_error", "", outputs["largest"], wanted.expert_error, "max"))
     found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
     runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
     found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
