@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import blockwise, decoder, generate, graph, metrics, peers, reference, sensitivity, session, texts
+from pipeline.artifact import VALIDATION
 from pipeline.errors import StageError, UsageError
 from pipeline.external_data import read_tensor
 from pipeline.store import Store
@@ -46,6 +47,12 @@ def attribute(package: Path, store: Store, progress: Progress) -> dict[str, Any]
         for node in model.graph.node
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
     }
+    if any(node.op_type in ("MoE", "QMoE") for node in model.graph.node):
+        raise UsageError(
+            f"the losses of {package} are not told apart",
+            why="its experts are one operator, and not measured one by one",
+            fix=f"{VALIDATION} says what single experts lose",
+        )
     if not nodes:
         raise UsageError(f"{package} has no block-quantized weights", why="there is nothing to tell apart")
     weights = {path: _Stored(node, initializers, package) for path, node in nodes.items()}

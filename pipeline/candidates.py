@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import digest, files, plan, runner
 from pipeline.allocation import Option
 from pipeline.artifact import Artifact, Progress
+from pipeline.errors import StageError
 from pipeline.recipe import Loaded
 from pipeline.report import Reporter
 from pipeline.scheme import Scheme, WeightScheme
@@ -146,7 +147,9 @@ def _measure(loaded: Loaded, made: Mapping[str, Artifact], progress: Progress) -
 
     scheme, folder, checkpoint = loaded.recipe.quantize, made["export"].path, made["checkpoint"].path
     model = graph.load(folder / "model.onnx")
-    weights = [weight for weight in graph.weights(model) if weight.role != "embedding"]
+    weights = [weight for weight in graph.weights(model) if weight.role in ("body", "head")]
+    if any(weight.role == "experts" for weight in graph.weights(model)):  # whose sizes the recipe did not tell
+        raise StageError("mixtures of experts are not tuned", where=str(loaded.path))
     trials = _trials(loaded, model, weights, made, lambda part, what: progress(0.3 * part, what))
     ids = [row[:_TOKENS] for row in calibration.windows(checkpoint, _WINDOWS)]
     shared = scheme.embedding == "shared"

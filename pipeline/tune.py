@@ -62,6 +62,13 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
             where=str(loaded.path),
             fix=f"use {' or '.join(ALGORITHMS)}",
         )
+    if _mixed(loaded):
+        raise RecipeError(
+            "mixtures of experts are not tuned",
+            where=str(loaded.path),
+            why="what single experts lose is not measured: that would take the whole model thousands of times",
+            fix="give the experts of single layers more bits with `overrides`",
+        )
     if not any(objective.model_dump().values()):
         raise UsageError(
             "there is nothing to tune for",
@@ -102,6 +109,11 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
     return best
 
 
+def _mixed(loaded: Loaded) -> bool:
+    shape = plan.shape_of(loaded)
+    return shape is not None and shape.experts is not None
+
+
 def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """What to do about a package whose validation ``report`` has failed gates; empty if bits are no remedy.
 
@@ -109,7 +121,7 @@ def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """
     scheme = loaded.recipe.quantize
     shares = [share for gate in report["gates"] if not gate["passed"] for share in _share(gate)]
-    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares:
+    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares or _mixed(loaded):
         return ""
     measured = max(report[path]["mean_kl"] for path in ("prefill", "decode"))
     wanted = _NEAR * min(shares) * measured
