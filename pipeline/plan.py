@@ -305,6 +305,17 @@ _QUANTIZING = {
 }
 
 
+def _converts(recipe: Recipe) -> bool:
+    """Whether the checkpoint's weights are loaded to be written anew, and not just copied."""
+    sources = recipe.checkpoint.sources
+    return recipe.checkpoint.adapter is not None or any(
+        source.type == "wheels"
+        or (source.type == "hub" and source.file is not None)
+        or (source.type == "local" and source.path.endswith(".gguf"))
+        for source in sources
+    )
+
+
 def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     """Rough needs, from the sizes of the weights.
 
@@ -323,11 +334,14 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
         embedding = floats if recipe.quantize.embedding == "float" else bits
         packed = (shape.body_parameters * bits + shape.vocabulary_parameters * (bits + embedding)) // 8
     fetched = recipe.checkpoint.size or 0
+    layer = 4 * shape.body_parameters // shape.layers if shape else weights // 20
     held, pace = _QUANTIZING[recipe.quantize.algorithm]
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
     seconds = weights / _GB  # a step's time is proportional to the weights it reads
     table = {
-        "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
+        "checkpoint": Estimate(
+            weights * 3 // 2 + _GB // 2 if _converts(recipe) else _GB, weights + 2 * fetched, 10 + int(22 * seconds)
+        ),
         # Our own exporter has a weight or an expert in memory at a time.
         "export": Estimate(
             2 * vocabulary + _GB
@@ -337,7 +351,12 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
             8 + int(10 * seconds),
         ),
         "quantize": Estimate(
-            int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
+            int(held * weights)
+            + (3 * vocabulary if held == 0 else 0)
+            + (layer if recipe.quantize.algorithm == "gptq" else 0)  # it walks over the decoder
+            + _GB,
+            packed,
+            8 + int(pace * seconds),
         ),
         "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
         # An emulated NPU takes minutes for what a processor does in seconds.

@@ -424,7 +424,8 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
             return
         if export and export.exporter not in family.exporters:
-            yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+            text = f"{export.exporter} cannot export {family.model_type}: use {' or '.join(family.exporters)}"
+            yield ("export", "exporter"), text
         if family.experts != (architecture.experts is not None):
             text = "needs `experts`: {count, per_token, intermediate, …}" if family.experts else "has no `experts`"
             yield ("architecture", "experts"), f"{family.model_type} {text}"

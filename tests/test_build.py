@@ -224,8 +224,10 @@ def _without_build_tools(*arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("exporter", ["genai", "optimum"])
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("model_type", "exporter"),
+    [("qwen2", "genai"), ("qwen2", "optimum"), ("qwen3", "genai"), ("qwen3", "optimum"), ("qwen2_moe", "native")],
+)
 def test_a_package_is_whole_validated_and_served_without_the_build_tools(
     built: Callable[..., Project], model_type: str, exporter: str
 ) -> None:

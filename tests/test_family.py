@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CheckpointError
-from pipeline.family import FAMILIES, Shape, read_shape
+from pipeline.family import FAMILIES, Experts, Shape, read_shape
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -115,3 +115,53 @@ def test_all_bad_sizes_are_named_at_once() -> None:
 def test_heads_that_do_not_divide_the_hidden_size_need_a_head_dim() -> None:
     with pytest.raises(CheckpointError, match="head_dim is None"):
         read_shape(CONFIG | {"num_attention_heads": 5}, "config.json")
+
+
+MIXTURE = CONFIG | {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_hidden_layers": 6,
+    "num_experts": 10,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 4,
+    "shared_expert_intermediate_size": 9,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+    "norm_topk_prob": False,
+}
+
+
+def test_the_sizes_of_mixtures_are_read_and_counted_as_by_hand() -> None:
+    shape = read_shape(MIXTURE, "config.json")
+    assert shape.experts == Experts(10, 3, 4, False, 9, 2, (3,))
+    assert shape.sparse_layers == (1, 5)
+    attention, dense, mixture = 12 * 4 * (2 * 3 + 2 * 1), 3 * 12 * 5, 3 * 12 * (10 * 4 + 9)
+    assert shape.body_parameters == 6 * attention + 4 * dense + 2 * mixture
+    assert shape.facts()["experts"]["dense_layers"] == [3]
+    assert "experts" not in read_shape(CONFIG, "config.json").facts()
+
+
+def test_the_third_generation_has_no_shared_expert() -> None:
+    config = MIXTURE | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "norm_topk_prob": True}
+    shape = read_shape({key: value for key, value in config.items() if "sparse_step" not in key}, "config.json")
+    assert shape.experts == Experts(10, 3, 4, True, 0, 1, (3,))
+    assert shape.sparse_layers == (0, 1, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("num_experts", None, "num_experts is None"),
+        ("num_experts", 0, "num_experts is 0"),
+        ("moe_intermediate_size", True, "moe_intermediate_size is True"),
+        ("shared_expert_intermediate_size", None, "shared_expert_intermediate_size is None"),
+        ("decoder_sparse_step", -1, "decoder_sparse_step is -1"),
+        ("num_experts_per_tok", 11, "a token goes to 11 of 10 experts"),
+        ("mlp_only_layers", [6], "mlp_only_layers is [6], no list of the 6 layers"),
+        ("mlp_only_layers", "3", "mlp_only_layers is '3'"),
+    ],
+)
+def test_sizes_of_mixtures_that_make_no_sense_are_named(key: str, value: object, text: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_shape(MIXTURE | {key: value}, "config.json")
+    assert text in caught.value.what

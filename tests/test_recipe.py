@@ -185,6 +185,18 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         f"architecture: {{{SIZES},\n  model_type: qwen22}}",
         [("cpu-int4.yaml:3: unknown family `qwen22`; did you mean `qwen2`?", "known: qwen2, qwen3")],
     ),
+    "experts without sizes": (
+        f"architecture:\n  {{{SIZES}, model_type: qwen3_moe}}\nexport: {{exporter: native}}",
+        [("cpu-int4.yaml:2: qwen3_moe needs `experts`", "")],
+    ),
+    "an exporter without experts": (
+        f"architecture:\n  {{{SIZES}, model_type: qwen3_moe,\n  experts: {{count: 4, per_token: 2, intermediate: 8}}}}",
+        [("cpu-int4.yaml", "genai cannot export qwen3_moe")],
+    ),
+    "experts of a model that has none": (
+        f"architecture:\n  {{{SIZES}, model_type: qwen3,\n  experts: {{count: 4, per_token: 2, intermediate: 8}}}}",
+        [("cpu-int4.yaml:4: qwen3 has no `experts`", "")],
+    ),
     "bits without kernels": (
         f"target: tensorrt-rtx\nquantize:\n  body: {{bits: 8}}\n  overrides:\n  - match: x\n    scheme: {SCHEME}",
         [
@@ -476,6 +488,15 @@ npu: {soc: sc8380xp, window: 32, cache: 256, share_weights: true}
 quantize: {algorithm: static, body: {bits: 8, block_size: -1}}
 """
 
+MIXTURE = f"""\
+extends: _base.yaml
+architecture:
+  {{model_type: qwen2_moe, {SIZES}, experts: {{count: 8, per_token: 2, intermediate: 32, normalized: true,
+    shared_intermediate: 48, sparse_step: 1, dense_layers: [0]}}}}
+export: {{exporter: native, experts: dense}}
+validate: {{gates: {{routing: 0.9, expert_error: 0.05}}}}
+"""
+
 
 def accepts(schema: dict[str, Any], value: Any, definitions: dict[str, Any]) -> bool:
     """The part of JSON schema that ours uses (no validator is installed)."""
@@ -506,8 +527,9 @@ def test_the_json_schema_knows_every_key_that_loads_and_no_other(tmp_path: Path)
     compiled = recipe.load(write(tmp_path, COMPILED, "npu-int8.yaml")).resolved
     unset = {name for name in schema["properties"] if name not in {**resolved, **compiled}}
     assert unset == {"extends"}
+    assert accepts(schema, recipe.load(write(tmp_path, MIXTURE, "cpu-moe.yaml")).resolved, schema["$defs"])
     assert accepts(schema, compiled, schema["$defs"])
-    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED))
+    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED + MIXTURE))
     named = {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]}
     assert named <= used
     assert accepts(schema, resolved, schema["$defs"])

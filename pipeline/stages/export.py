@@ -48,7 +48,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     """
     import onnx
 
-    spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
+    spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields if key in step.fields})
     source = inputs["checkpoint"].path
     exporter.check_family(source, spec.exporter)
     if spec.exporter == "static":
