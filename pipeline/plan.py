@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
+from pipeline import __version__, checkpoint_files, digest, expert_forms, isolated, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Experts, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS, Target, expert_problems, file_problem, fused_problem
+from pipeline.target import TARGETS, Target, file_problem
 
 _GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
@@ -122,7 +122,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
 def _check_family(loaded: Loaded, target: Target, shape: Shape) -> None:
     export = loaded.recipe.export
     given = (target, export.exporter, export.rotate, export.experts, loaded.recipe.quantize, shape)
-    found = [f"  {'.'.join(map(str, loc))}: {text}" for loc, text in expert_problems(*given)]
+    found = [f"  {'.'.join(map(str, loc))}: {text}" for loc, text in expert_forms.problems(*given)]
     if found:
         raise RecipeError(
             f"{shape.model_type} cannot be built as the recipe says\n" + "\n".join(found),
@@ -185,7 +185,8 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
         draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
-        own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft, "experts": _experts(loaded)}
+        experts = expert_forms.form(target, recipe.quantize, shape_of(loaded), recipe.export.experts)
+        own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft, "experts": experts}
         return {**recipe.export.model_dump(mode="json"), **own, **npu}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
@@ -227,16 +228,6 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         "replay": asdict(target.replay),
         "max_file": target.max_file,
     }
-
-
-def _experts(loaded: Loaded) -> str | None:
-    """How the graph has mixtures of experts; ``None`` for a model without."""
-    target, shape, given = TARGETS[loaded.recipe.target], shape_of(loaded), loaded.recipe.export.experts
-    if shape is None:
-        return given or ("fused" if target.kernels and target.kernels.experts else "dense")
-    if shape.experts is None:
-        return None
-    return given or ("dense" if fused_problem(target, loaded.recipe.quantize, shape) else "fused")
 
 
 def _install(target: Target) -> str:

@@ -10,11 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import graph, graph_weights, olive
+from pipeline import expert_forms, graph, graph_weights, olive
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter, stored_bits
 from pipeline.scheme import Scheme, WeightScheme
-from pipeline.target import EXPERT_ALGORITHMS
 
 if TYPE_CHECKING:
     from pipeline.artifact import Progress
@@ -119,7 +118,7 @@ def _wanted(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme
 def _check_experts(scheme: Scheme, found: list[graph.Weight]) -> None:
     """Refuse what would leave experts in float or quantize routers; `pipeline.plan` does so where it knows of them."""
     roles = {weight.role for weight in found}
-    if ("experts" in roles and scheme.algorithm not in EXPERT_ALGORITHMS) or (
+    if ("experts" in roles and scheme.algorithm not in expert_forms.ALGORITHMS) or (
         "router" in roles and scheme.algorithm == "dynamic"
     ):
         raise RecipeError(

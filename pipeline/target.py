@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.family import FAMILIES, Shape
 from pipeline.scheme import Scheme, WeightScheme
 
 Loc = tuple[str | int, ...]
@@ -359,65 +358,6 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
             yield ("export", "draft_tokens"), f"exporter {exporter} always computes the head for the last token only"
     elif exporter == "optimum" and "float32" not in target.dtypes:
         yield ("export", "exporter"), f"optimum traces float32 graphs; {target.name} computes in {target.dtypes[0]}"
-
-
-EXPERT_ALGORITHMS = ("gptq", "min_error", "none")  # Olive's passes know no experts
-
-
-def fused_problem(target: Target, scheme: Scheme, shape: Shape) -> str:
-    """Why the experts of a model cannot be one operator on the target; empty when they can."""
-    kernels = target.kernels.experts if target.kernels else None
-    if kernels is None or shape.experts is None:
-        return f"{target.name} has no fused operator"
-    if scheme.algorithm not in EXPERT_ALGORITHMS:
-        return f"algorithm {scheme.algorithm} quantizes no fused experts: use {' or '.join(EXPERT_ALGORITHMS)}"
-    if not shape.experts.normalized and not kernels.unnormalized:
-        return f"the fused operator of {target.name} normalizes the router's weights, and this model does not"
-    sizes = (shape.hidden, shape.experts.intermediate)
-    if any(size % kernels.multiple for size in sizes):
-        return f"{target.name} takes multiples of {kernels.multiple}, the sizes are {sizes[0]} and {sizes[1]}"
-    paths = [f"model.layers.{layer}.mlp.experts" for layer in shape.sparse_layers]
-    given = {scheme.of_weight(path, "experts") if scheme.block_wise else None for path in paths}
-    return next(filter(None, (_experts_problem(target.name, kernels, weight, sizes) for weight in given)), "")
-
-
-def _experts_problem(name: str, kernels: ExpertKernels, weight: WeightScheme | None, sizes: tuple[int, int]) -> str:
-    if weight is None:
-        return "" if kernels.whole else f"{name} has no fused operator for float experts"
-    if weight.bits not in kernels.bits:
-        return f"{name} has no fused operator for {weight.bits}-bit experts"
-    if not weight.symmetric and not kernels.zero_points:
-        return f"the fused operator of {name} has no zero points: set `symmetric: true`"
-    if any(size % weight.block_size for size in sizes):
-        return f"blocks of {weight.block_size} do not divide the sizes {sizes[0]} and {sizes[1]}"
-    return ""
-
-
-def expert_problems(
-    target: Target, exporter: str, rotate: bool, experts: str | None, scheme: Scheme, shape: Shape
-) -> Iterator[tuple[Loc, str]]:
-    """(location in the recipe, reason) of each thing that cannot be done with a model of that shape.
-
-    Args:
-        exporter, rotate, experts: of the recipe's section ``export``.
-    """
-    family = FAMILIES[shape.model_type]
-    if exporter not in family.exporters:
-        known = " or ".join(family.exporters)
-        yield ("export", "exporter"), f"{exporter} cannot export {family.model_type}: use {known}"
-    if shape.experts is None:
-        if experts:
-            yield ("export", "experts"), f"{family.model_type} has no experts: remove `experts`"
-        return
-    if rotate:
-        yield (
-            ("export", "rotate"),
-            "experts are held against PyTorch's, in the checkpoint's own basis: remove `rotate`",
-        )
-    if scheme.algorithm == "dynamic":
-        yield ("quantize", "algorithm"), "dynamic would quantize the routers, too: use gptq or min_error"
-    if experts == "fused" and (reason := fused_problem(target, scheme, shape)):
-        yield ("export", "experts"), reason
 
 
 def file_problem(target: Target, size: int) -> str:

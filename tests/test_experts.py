@@ -33,9 +33,10 @@ from pipeline import (
 )
 from pipeline.artifact import Artifact, Step
 from pipeline.errors import CheckpointError, RecipeError, StageError
+from pipeline.expert_forms import fused_problem
 from pipeline.family import Experts, Shape
 from pipeline.scheme import Scheme
-from pipeline.target import TARGETS, fused_problem
+from pipeline.target import TARGETS
 
 FAMILIES = ("qwen2_moe", "qwen3_moe")
 PROMPT = list(range(5, 13))
