@@ -39,8 +39,12 @@ _INPUT = {
     "lm_head": "head",
 }
 
-# Experts that fewer tokens went to take least-squares scales: that many say little of an expert's inputs.
-_FEWEST = 64
+# GPTQ of an expert sees only the tokens that go to it. With the damping of the paper, fewer tokens than channels lose
+# up to twice what rounding loses on other text. With this one, two layers' projections of Qwen2.5-Coder-0.5B that read
+# the residual stream lost 0.83 of what rounding does from 64 tokens and 0.64 from 1024; those behind the gate up to 1.3
+# from 256, but 0.4 and 0.93 from 512. Experts with fewer tokens take least-squares scales.
+_EXPERT_DAMPING = 1.0
+_FEWEST, _FEWEST_INNER = 64, 512
 
 
 class Hessians:
@@ -99,10 +103,11 @@ class Hessians:
                 self._routing = _routed(self._layer.mlp, self._now)
             weights, chosen = self._routing
             rows, places = torch.where(chosen == decoder.expert_of(path))
-            if len(rows) < _FEWEST:
+            inner = path.endswith("down_proj")
+            if len(rows) < (_FEWEST_INNER if inner else _FEWEST):
                 return None
             inputs = self._now[rows]
-            if path.endswith("down_proj"):
+            if inner:
                 expert = self._layer.mlp.experts[decoder.expert_of(path)]
                 inputs = expert.act_fn(expert.gate_proj(inputs)) * expert.up_proj(inputs)
             return inputs * weights[rows, places, None]
@@ -111,7 +116,7 @@ class Hessians:
         """The factors of the Hessian `of` a weight."""
         hessian = self.of(path)
         if hessian and not self._factor:
-            self._factor = gptq.factor(hessian)
+            self._factor = gptq.factor(hessian, _EXPERT_DAMPING) if ".experts." in path else gptq.factor(hessian)
         return self._factor if hessian else ()
 
     def quantize(self, path: str, values: npt.NDArray[Any], scheme: WeightScheme) -> BlockQuantized:

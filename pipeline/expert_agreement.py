@@ -9,7 +9,6 @@ Shapes in this module:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -94,7 +93,7 @@ def measure(seen: Recorder, package: Path, windows: Sequence[Sequence[int]], scr
         why = f"its routers are in the layers {sorted(routers)}, the reference's in {sorted(seen.mixtures)}"
         raise StageError("the graph has not the mixtures of experts of its reference", why=why)
     shares = _routing(model, routers, seen, package, windows, scratch)
-    errors = _outputs(model, seen, package, scratch)
+    errors = _outputs(model, routers, seen, package, scratch)
     used = sum(len(np.unique(np.concatenate(rows))) for rows in seen.chosen.values())
     fewest, worst = min(shares, key=lambda index: shares[index]), max(errors, key=lambda path: errors[path])
     return {
@@ -150,7 +149,9 @@ def _routing(
     return {index: float(np.mean(shares)) for index, shares in same.items()}
 
 
-def _outputs(model: onnx.ModelProto, seen: Recorder, package: Path, scratch: Path) -> dict[str, float]:
+def _outputs(
+    model: onnx.ModelProto, routers: Mapping[int, str], seen: Recorder, package: Path, scratch: Path
+) -> dict[str, float]:
     """For each expert, by its path, the relative squared error of what it computes."""
     import torch
 
@@ -160,7 +161,7 @@ def _outputs(model: onnx.ModelProto, seen: Recorder, package: Path, scratch: Pat
         fused = next((node for node in model.graph.node if graph.path_of(node, "") == path), None)
         given = seen.inputs[index].astype(_dtype(model))
         compute = (
-            _unrolled(model, path, package, scratch, len(mixture.experts))
+            _unrolled(model, path, routers[index], package, scratch, len(mixture.experts))
             if fused is None
             else _alone(model, fused, package, scratch, len(mixture.experts))
         )
@@ -191,21 +192,27 @@ def _alone(model: onnx.ModelProto, node: onnx.NodeProto, package: Path, scratch:
     def compute(given: npt.NDArray[Any], expert: int) -> npt.NDArray[Any]:
         logits = np.zeros((len(given), count), given.dtype)
         logits[:, expert] = _SURE
-        return run(None, {"x": given, "logits": logits})[0]
+        found: npt.NDArray[Any] = run(None, {"x": given[None], "logits": logits})[0][0]
+        return found
 
     return compute
 
 
-def _unrolled(model: onnx.ModelProto, path: str, package: Path, scratch: Path, count: int) -> Compute:
-    """The same of experts that are nodes of their own."""
-    own = re.compile(rf"{re.escape(path)}\.\d+\.(?!weighted|sum)")  # these two come after an expert
-    nodes = [node for node in model.graph.node if own.match(graph.path_of(node, ""))]
-    ends = {graph.path_of(node, ""): node.output[0] for node in nodes if node.op_type.startswith("MatMul")}
-    names = [ends[f"{path}.{expert}.down_proj"] for expert in range(count)]
-    made = {name for node in nodes for name in node.output} | {tensor.name for tensor in model.graph.initializer}
-    given_name = next(name for node in nodes for name in node.input if name and name not in made)
+def _unrolled(model: onnx.ModelProto, path: str, router: str, package: Path, scratch: Path, count: int) -> Compute:
+    """The same of experts that are nodes of their own: all between what the router reads and what they yield."""
+    ends = {graph.path_of(node, ""): node.input[0] for node in model.graph.node}
+    names = [ends[f"{path}.{expert}.weighted.Mul"] for expert in range(count)]  # what the router's weights are put to
+    maker = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
+    given_name = model.graph.node[maker[router]].input[0]
+    needed, open_names = set(), list(names)
+    while open_names:
+        index = maker.get(open_names.pop(), -1)
+        if index >= 0 and index not in needed:
+            needed.add(index)
+            open_names += [name for name in model.graph.node[index].input if name != given_name]
+    nodes = [model.graph.node[index] for index in sorted(needed)]
     run = _session(_part(model, nodes, [given_name], names), package, scratch)
-    return lambda given, expert: run([names[expert]], {given_name: given})[0]
+    return lambda given, expert: run([names[expert]], {given_name: given[None]})[0][0]
 
 
 def _part(
@@ -219,8 +226,8 @@ def _part(
     made = onnx.helper.make_graph(
         nodes,
         "part",
-        [onnx.helper.make_tensor_value_info(name, kind, [None, None]) for name in inputs],
-        [onnx.helper.make_tensor_value_info(name, kind, [None, None]) for name in outputs],
+        [onnx.helper.make_tensor_value_info(name, kind, None) for name in inputs],
+        [onnx.helper.make_tensor_value_info(name, kind, None) for name in outputs],
         [tensor for tensor in model.graph.initializer if tensor.name in read],
     )
     return onnx.helper.make_model(made, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -70,18 +70,22 @@ def loss(given: Sequence[torch.Tensor], difference: npt.NDArray[np.float32]) -> 
     return sum(float(torch.mm(part, block).mul_(part).sum(dtype=torch.float64)) for block, part in rows)
 
 
-def factor(given: Sequence[torch.Tensor]) -> tuple[Factor, ...]:
-    """Factorize the blocks of a Hessian, which are not changed."""
-    return tuple(_factor(block) for block in given)
+def factor(given: Sequence[torch.Tensor], damping: float = _DAMPING) -> tuple[Factor, ...]:
+    """Factorize the blocks of a Hessian, which are not changed.
+
+    Args:
+        damping: share of the mean diagonal added to it; the more, the fewer inputs it is of.
+    """
+    return tuple(_factor(block, damping) for block in given)
 
 
-def _factor(block: torch.Tensor) -> Factor:
+def _factor(block: torch.Tensor, damping: float) -> Factor:
     import torch
 
     damped = block.flip(0, 1)  # a copy; in this order a lower Cholesky factor is an upper one of the Hessian
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1.0  # a channel that was always zero
-    diagonal += _DAMPING * diagonal.mean()
+    diagonal += damping * diagonal.mean()
     upper = torch.linalg.cholesky(damped).flip(0, 1)
     scale = upper.diagonal().clone()
     return Factor((upper / scale).t().contiguous(), scale.square())

@@ -221,6 +221,8 @@ WAYS: dict[str, tuple[Scheme, bool]] = {
     "one layer in float": (_scheme(exclude=["model.layers.0.mlp.experts"]), True),
     "4 bits, plain operators": (_scheme(), False),
     "4 bits by gptq, plain operators": (_scheme("gptq"), False),
+    "plain operators by Olive's pass": (_scheme("rtn"), False),
+    "products in integers": (_scheme("w8a8", body={"bits": 8, "block_size": -1, "symmetric": True}, head=INT8), False),
 }
 
 
@@ -306,7 +308,10 @@ def test_what_experts_cannot_become_is_refused(
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_expert_is_calibrated_with_the_tokens_that_go_to_it(
-    model_type: str, checkpoint_of: Callable[..., Path], references: Callable[[str], reference.Reference]
+    model_type: str,
+    checkpoint_of: Callable[..., Path],
+    references: Callable[[str], reference.Reference],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counted from what the reference itself chooses and multiplies while it reads the same text."""
     import torch
@@ -329,6 +334,7 @@ def test_an_expert_is_calibrated_with_the_tokens_that_go_to_it(
     weights = best.values / best.values.sum(-1, keepdim=True) if model_type == "qwen3_moe" else best.values
     weight = weights.t()[(best.indices == expert).t()][:, None]  # in the order in which the reference does it
     assert len(weight) >= calibration._FEWEST
+    monkeypatch.setattr(calibration, "_FEWEST_INNER", 1)
     walk = calibration.Hessians(checkpoint, 1)
     for part, kind in (("gate_up_proj", "outer"), ("down_proj", "inner")):
         (found,) = walk.of(f"model.layers.{layer}.mlp.experts.{expert}.{part}")
@@ -340,7 +346,7 @@ def test_an_expert_is_calibrated_with_the_tokens_that_go_to_it(
 def test_an_expert_that_hardly_any_token_goes_to_is_rounded(
     checkpoint_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_FEWEST", 10_000)
+    monkeypatch.setattr(calibration, "_FEWEST_INNER", 10_000)
     walk, values = calibration.Hessians(checkpoint_of("qwen3_moe"), 1), np.random.default_rng(0).random((8, 64), "f")
     scheme = _scheme().body
     assert scheme is not None
@@ -414,6 +420,20 @@ def test_exchanged_experts_are_found_and_named(
     found = _measured(references(model_type), damaged, tmp_path / "second")
     assert found["outputs"]["largest"] > 0.5
     assert found["outputs"]["expert"] in ("model.layers.0.mlp.experts.2", "model.layers.0.mlp.experts.5")
+
+
+@pytest.mark.slow
+def test_experts_are_told_apart_among_integer_products(
+    exported: Callable[..., Path],
+    checkpoint_of: Callable[..., Path],
+    references: Callable[[str], reference.Reference],
+    tmp_path: Path,
+) -> None:
+    """What they yield is scaled by token behind the product, and what they read is rounded before it."""
+    scheme = _scheme("w8a8", body={"bits": 8, "block_size": -1, "symmetric": True}, head=INT8)
+    _quantized(exported("qwen2_moe", False), checkpoint_of("qwen2_moe"), tmp_path / "package", scheme)
+    found = _measured(references("qwen2_moe"), tmp_path / "package", tmp_path / "scratch")
+    assert 1e-5 < found["outputs"]["largest"] < 0.005
 
 
 @pytest.mark.slow
