@@ -200,7 +200,7 @@ def _alone(model: onnx.ModelProto, node: onnx.NodeProto, package: Path, scratch:
 
 def _unrolled(model: onnx.ModelProto, path: str, router: str, package: Path, scratch: Path, count: int) -> Compute:
     """The same of experts that are nodes of their own: all between what the router reads and what they yield."""
-    ends = {graph.path_of(node, ""): node.input[0] for node in model.graph.node}
+    ends = {graph.path_of(node, ""): node.input[0] for node in model.graph.node if node.input}
     names = [ends[f"{path}.{expert}.weighted.Mul"] for expert in range(count)]  # what the router's weights are put to
     maker = {name: index for index, node in enumerate(model.graph.node) for name in node.output}
     given_name = model.graph.node[maker[router]].input[0]
