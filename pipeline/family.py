@@ -8,6 +8,9 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 
+# Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
+HELD_WHOLE = 8_000_000_000
+
 
 @dataclass(frozen=True)
 class Family:

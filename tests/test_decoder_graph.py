@@ -60,3 +60,14 @@ def test_what_the_graph_has_not_is_refused(checkpoint_of: Callable[..., Path], t
     config.save_pretrained(tmp_path / "changed")
     with pytest.raises(StageError, match="no graph can be written"):
         exporter.export_native(tmp_path / "changed", tmp_path, "float32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_with_its_layers_on_the_disk_is_the_same(tied: bool, checkpoint_of: Callable[..., Path]) -> None:
+    checkpoint = checkpoint_of("qwen2", tied)
+    files = sorted(checkpoint.iterdir())
+    whole, streamed = reference.load(checkpoint), reference.load(checkpoint, held_whole=0)
+    assert {str(parameter.device) for parameter in streamed.model.model.layers.parameters()} == {"meta"}
+    assert np.array_equal(streamed.logits(PROMPT), whole.logits(PROMPT))
+    assert streamed.greedy(PROMPT, 16) == whole.greedy(PROMPT, 16)
+    assert sorted(checkpoint.iterdir()) == files
