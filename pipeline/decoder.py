@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import reference, rotation
-from pipeline.errors import CheckpointError, StageError
+from pipeline.errors import StageError
+from pipeline.tensors import Tensors
 
 if TYPE_CHECKING:
     import torch
-
-_WEIGHTS = "model.safetensors"
 
 
 class Decoder:
@@ -36,7 +34,7 @@ class Decoder:
             model = reference.load(checkpoint).model
             rotation.rotate(model)
         else:
-            self._files = _files(checkpoint)
+            self._tensors = Tensors(checkpoint)
             config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -81,62 +79,12 @@ class Decoder:
     def _load(self, path: str) -> Any:
         module = self._model.get_submodule(path)
         if not self._whole:
-            module.load_state_dict(self._read(f"{path}."), assign=True)
+            module.load_state_dict(self._tensors.below(f"{path}."), assign=True)
         return module
 
     def _drop(self, module: Any) -> None:
         if not self._whole:
             module.to("meta")
-
-    def _read(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors below ``prefix``, copied, so that no file stays mapped."""
-        import torch
-        from safetensors import safe_open
-
-        found: dict[str, torch.Tensor] = {}
-        for path in sorted({file for name, file in self._files.items() if name.startswith(prefix)}):
-            with safe_open(path, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                    if name.startswith(prefix):
-                        found[name.removeprefix(prefix)] = opened.get_tensor(name).to(torch.float32, copy=True)
-        return found
-
-
-def tensors(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The name and the float32 values of each tensor of a checkpoint, one in memory at a time.
-
-    Raises:
-        CheckpointError: the weights cannot be read.
-    """
-    import torch
-    from safetensors import safe_open
-
-    named = _files(checkpoint)
-    for path in sorted(set(named.values())):
-        with safe_open(path, framework="pt") as opened:
-            for name in sorted(name for name, file in named.items() if file == path):
-                yield name, opened.get_tensor(name).to(torch.float32)
-
-
-def _files(checkpoint: Path) -> dict[str, Path]:
-    """For each tensor of a checkpoint the file that holds it.
-
-    Raises:
-        CheckpointError: there is no safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = checkpoint / f"{_WEIGHTS}.index.json"
-    try:
-        if index.is_file():
-            names = json.loads(index.read_bytes())["weight_map"]
-            return {name: checkpoint / file for name, file in names.items()}
-        with safe_open(checkpoint / _WEIGHTS, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), checkpoint / _WEIGHTS)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(
-            "the checkpoint's weights cannot be read", where=str(checkpoint), why=str(error)
-        ) from None
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}  # as the genai builder fuses them

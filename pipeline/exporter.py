@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import graph, olive, openvino
+import numpy as np
+
+from pipeline import decoder_graph, graph, olive, openvino
+from pipeline.errors import StageError
+from pipeline.external_data import ExternalDataWriter
 from pipeline.family import read_shape
 from pipeline.target import CPU
+from pipeline.tensors import Tensors
+
+if TYPE_CHECKING:
+    import onnx
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16"}
 
@@ -76,6 +84,32 @@ def export_openvino(checkpoint: Path, out_dir: Path) -> None:
     openvino.wrap(out_dir, config["model"]["vocab_size"])
     config["model"]["decoder"] |= openvino.DECODER
     _write_config(out_dir, config)
+
+
+def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProto:
+    """Write ``model.onnx.data`` and ``genai_config.json`` of a graph of our own, a weight in memory at a time.
+
+    Returns:
+        the graph, which is not saved yet.
+
+    Raises:
+        StageError: the model has something that the graph does not.
+        CheckpointError: the weights cannot be read.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    tensors = Tensors(checkpoint)
+    with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
+        try:
+            model = decoder_graph.write(config, tensors, writer, np.dtype(dtype).type)
+        except ValueError as error:
+            raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
+    inputs, _ = graph.interface(model)
+    made = _genai_config(*_settings(checkpoint), inputs)
+    made["search"]["past_present_share_buffer"] = True  # attention writes new keys and values into the cache
+    _write_config(out_dir, made)
+    return model
 
 
 def _settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,6 +8,9 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 
+# Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
+HELD_WHOLE = 8_000_000_000
+
 
 @dataclass(frozen=True)
 class Family:
@@ -31,8 +34,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum"), "Qwen1.5, Qwen2, Qwen2.5"),
-        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum"), "Qwen3", head_dim=128),
+        Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum", "native"), "Qwen1.5, Qwen2, Qwen2.5"),
+        Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum", "native"), "Qwen3", head_dim=128),
     )
 }
 

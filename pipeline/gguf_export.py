@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import decoder
 from pipeline.errors import UsageError
+from pipeline.tensors import Tensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -35,7 +35,7 @@ def export(checkpoint: Path, out: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[_ARCHITECTURES[kind]], config["num_hidden_layers"])
     writer = gguf.GGUFWriter(out, kind)
     _describe(writer, config)
-    for name, values in decoder.tensors(checkpoint):
+    for name, values in Tensors(checkpoint).all():
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), _stored(values.numpy()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

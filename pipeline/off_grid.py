@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import decoder, files, plan, recipe, report, runner
+from pipeline import files, plan, recipe, report, runner
 from pipeline.errors import QwenOnnxError, UsageError
 from pipeline.store import Store
+from pipeline.tensors import Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def write(source: Path, out: Path, seed: int = 0) -> None:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    found = {name: moved(values, generator) if values.ndim == 2 else values for name, values in decoder.tensors(source)}
+    found = {name: moved(values, generator) if values.ndim == 2 else values for name, values in Tensors(source).all()}
     save_file(found, out / _WEIGHTS[0], metadata={"format": "pt"})
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _WEIGHTS:

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import Shape, read_shape
+from pipeline.family import HELD_WHOLE, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
 from pipeline.target import TARGETS, Target, file_problem
 
@@ -299,18 +299,25 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     fetched = recipe.checkpoint.size or 0
     held, pace = _QUANTIZING[recipe.quantize.algorithm]
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
+    whole = weights if weights <= HELD_WHOLE or shape is None else 2 * vocabulary + weights // shape.layers
+    streamed = recipe.export.exporter == "native"
+    copied = all(source.type == "local" and not source.path.endswith(".gguf") for source in recipe.checkpoint.sources)
     seconds = weights / _GB  # a step's time is proportional to the weights it reads
     table = {
-        "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
-        "export": Estimate(weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)),
+        "checkpoint": Estimate(
+            _GB if copied and not recipe.checkpoint.adapter else weights * 3 // 2 + _GB // 2,
+            weights + 2 * fetched,
+            10 + int(22 * seconds),
+        ),
+        "export": Estimate(
+            3 * vocabulary + _GB if streamed else weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)
+        ),
         "quantize": Estimate(
             int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
         ),
         "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
         # An emulated NPU takes minutes for what a processor does in seconds.
-        "validate": Estimate(
-            weights + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)
-        ),
+        "validate": Estimate(whole + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)),
         "package": Estimate(_GB, 2 * packed, 5),
     }
     return table[stage]

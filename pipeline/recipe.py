@@ -108,8 +108,9 @@ class Export(Frozen):
     """How the graph is written.
 
     Attributes:
-        exporter: ``genai`` (Olive's ModelBuilder), ``optimum`` (Olive with optimum-onnx), or ``static`` (ours: graphs
-            of fixed shapes for NPUs), or ``openvino`` (Olive with optimum-intel: OpenVINO's own graphs).
+        exporter: ``genai`` (Olive's ModelBuilder), ``optimum`` (Olive with optimum-onnx), ``native`` (ours: any size, a
+            weight in memory at a time), ``static`` (ours: graphs of fixed shapes for NPUs), or ``openvino`` (Olive with
+            optimum-intel: OpenVINO's own graphs).
         dtype: of the activations between kernels; the target's first one when left out.
         rotate: express the residual stream in a basis without outliers first (`pipeline.rotation`): the same function,
             easier to quantize.
@@ -119,7 +120,7 @@ class Export(Frozen):
         options: more options of the Olive pass, checked against the installed pass.
     """
 
-    exporter: Literal["genai", "optimum", "static", "openvino"] = "genai"
+    exporter: Literal["genai", "optimum", "native", "static", "openvino"] = "genai"
     dtype: Literal["float32", "float16", "uint16"] | None = None
     rotate: bool = False
     last_token_head: bool = True

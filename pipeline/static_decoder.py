@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.external_data import INLINE_BYTES, ExternalDataWriter
+from pipeline.external_data import ExternalDataWriter
+from pipeline.graph_builder import GraphBuilder
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -93,61 +94,6 @@ def sizes_of(model: Any, window: int, cache: int) -> Sizes:
     )
 
 
-class _Graph:
-    """Collects nodes, whose outputs are called like them, and constants."""
-
-    def __init__(self, writer: ExternalDataWriter | None = None) -> None:
-        self._writer = writer
-        self._nodes: list[onnx.NodeProto] = []
-        self._constants: dict[str, onnx.TensorProto] = {}
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
-
-    def constant(self, name: str, values: npt.NDArray[Any]) -> str:
-        """An initializer, written once."""
-        import onnx
-
-        if name not in self._constants:
-            values = np.asarray(values, order="C")  # ascontiguousarray would make a scalar a vector
-            if self._writer is not None and values.nbytes >= INLINE_BYTES:
-                self._constants[name] = self._writer.write(name, values)
-            else:
-                self._constants[name] = onnx.numpy_helper.from_array(values, name)
-        return name
-
-    def ints(self, *values: int) -> str:
-        """An int64 vector."""
-        return self.constant("ints." + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def node(self, kind: str, inputs: list[str], name: str, outputs: list[str] | None = None, **attributes: Any) -> str:
-        """A node; returns its first output."""
-        import onnx
-
-        outputs = outputs or [name]
-        self._nodes.append(onnx.helper.make_node(kind, inputs, outputs, name=f"{name}/{kind}", **attributes))
-        return outputs[0]
-
-    def input(self, name: str, dtype: type, shape: list[int | str]) -> str:
-        self._inputs.append(_declared(name, dtype, shape))
-        return name
-
-    def output(self, name: str, dtype: type, shape: list[int | str]) -> None:
-        self._outputs.append(_declared(name, dtype, shape))
-
-    def model(self, name: str, opset: int = OPSET) -> onnx.ModelProto:
-        import onnx
-
-        graph = onnx.helper.make_graph(self._nodes, name, self._inputs, self._outputs, list(self._constants.values()))
-        opsets = [onnx.helper.make_opsetid("", opset)]
-        return onnx.helper.make_model(graph, opset_imports=opsets, producer_name="qwen-onnx", ir_version=10)
-
-
-def _declared(name: str, dtype: type, shape: list[int | str]) -> onnx.ValueInfoProto:
-    import onnx
-
-    return onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-
-
 def front(sizes: Sizes, embedding: npt.NDArray[np.float32], writer: ExternalDataWriter) -> onnx.ModelProto:
     """The stage before the layers.
 
@@ -157,7 +103,7 @@ def front(sizes: Sizes, embedding: npt.NDArray[np.float32], writer: ExternalData
     ``[1, 1, T, S + T]``, 0 for what may be seen and -1 for what may not; ``slots`` int64 ``[T]``; ``last`` int64
     ``[1]``, the row of the last token that is no padding.
     """
-    g = _Graph(writer)
+    g = GraphBuilder(writer)
     ids = g.input("input_ids", np.int32, [1, "tokens"])
     end = g.input("past_seq_len", np.int32, [1, 1])
     g.input("total_seq_len", np.int32, [1])
@@ -189,7 +135,7 @@ def front(sizes: Sizes, embedding: npt.NDArray[np.float32], writer: ExternalData
     g.output("mask", np.float32, [1, 1, "tokens", "visible"])
     g.output("slots", np.int64, ["tokens"])
     g.output("last", np.int64, [1])
-    return g.model("front")
+    return g.model("front", OPSET)
 
 
 def layers(sizes: Sizes, weights: Mapping[str, npt.NDArray[np.float32]], writer: ExternalDataWriter) -> onnx.ModelProto:
@@ -202,7 +148,7 @@ def layers(sizes: Sizes, weights: Mapping[str, npt.NDArray[np.float32]], writer:
     Args:
         weights: of the checkpoint, by their names in transformers.
     """
-    g, t, s = _Graph(writer), sizes.window, sizes
+    g, t, s = GraphBuilder(writer), sizes.window, sizes
     x = g.input("embeds", np.float32, [1, t, s.hidden])
     cos, sin = (g.input(name, np.float32, [1, 1, t, s.head_dim]) for name in ("cos", "sin"))
     mask = g.input("mask", np.float32, [1, 1, t, s.cache + t])
@@ -219,11 +165,11 @@ def layers(sizes: Sizes, weights: Mapping[str, npt.NDArray[np.float32]], writer:
     for index in range(s.layers):
         for kind in ("key", "value"):
             g.output(f"new.{index}.{kind}", np.float32, [1, s.kv_heads, t, s.head_dim])
-    return g.model("layers")
+    return g.model("layers", OPSET)
 
 
 def _layer(
-    g: _Graph,
+    g: GraphBuilder,
     s: Sizes,
     weights: Mapping[str, npt.NDArray[np.float32]],
     index: int,
@@ -296,7 +242,9 @@ def _key_shift(s: Sizes, bias: npt.NDArray[np.float32] | None) -> npt.NDArray[np
     return (bias.reshape(1, s.kv_heads, 1, s.head_dim) * slow).astype(np.float32)
 
 
-def _linear(g: _Graph, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None, name: str) -> str:
+def _linear(
+    g: GraphBuilder, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArray[np.float32] | None, name: str
+) -> str:
     """``[1, T, in]`` to ``[1, T, out]`` by a 1x1 convolution; compilers cancel the transposes."""
     rows, columns = weight.shape
     x = g.node("Reshape", [x, g.ints(1, 1, -1, columns)], f"{name}.rows")
@@ -309,11 +257,11 @@ def _linear(g: _Graph, x: str, weight: npt.NDArray[np.float32], bias: npt.NDArra
     return g.node("Reshape", [y, g.ints(1, -1, rows)], name)
 
 
-def _norm(g: _Graph, s: Sizes, x: str, gain: npt.NDArray[np.float32], name: str) -> str:
+def _norm(g: GraphBuilder, s: Sizes, x: str, gain: npt.NDArray[np.float32], name: str) -> str:
     return g.node("RMSNormalization", [x, g.constant(f"{name}.weight", gain)], name, axis=-1, epsilon=s.epsilon)
 
 
-def _rotate(g: _Graph, s: Sizes, x: str, cos: str, sin: str, name: str) -> str:
+def _rotate(g: GraphBuilder, s: Sizes, x: str, cos: str, sin: str, name: str) -> str:
     """Rotary embedding of ``[1, heads, T, D]``."""
     half = s.head_dim // 2
     first, second = f"{name}.first", f"{name}.second"
@@ -329,7 +277,7 @@ def update(sizes: Sizes, cache_dtype: type = np.float32) -> onnx.ModelProto:
     Outputs: ``present.N.key`` and ``.value``, which the runtime lets share the memory of the past;
     ``last_hidden`` float32 ``[1, 1, H]``.
     """
-    g, s = _Graph(), sizes
+    g, s = GraphBuilder(), sizes
     slots = g.input("slots", np.int64, ["tokens"])
     last = g.input("last", np.int64, [1])
     hidden = g.input("hidden", np.float32, [1, "tokens", s.hidden])
@@ -344,18 +292,18 @@ def update(sizes: Sizes, cache_dtype: type = np.float32) -> onnx.ModelProto:
             g.node("ScatterElements", [past, indices, new], f"present.{index}.{kind}", axis=2)
             g.output(f"present.{index}.{kind}", cache_dtype, [1, s.kv_heads, s.cache, s.head_dim])
     g.output("last_hidden", np.float32, [1, 1, s.hidden])
-    return g.model("update")
+    return g.model("update", OPSET)
 
 
 def head(
     sizes: Sizes, gain: npt.NDArray[np.float32], weight: npt.NDArray[np.float32], writer: ExternalDataWriter
 ) -> onnx.ModelProto:
     """``last_hidden`` float32 ``[1, 1, H]`` to ``logits`` float32 ``[1, 1, V]``."""
-    g = _Graph(writer)
+    g = GraphBuilder(writer)
     x = g.input("last_hidden", np.float32, [1, 1, sizes.hidden])
     _linear(g, _norm(g, sizes, x, gain, "norm"), weight, None, "logits")
     g.output("logits", np.float32, [1, 1, sizes.vocabulary])
-    return g.model("head")
+    return g.model("head", OPSET)
 
 
 def with_tokens(model: onnx.ModelProto, tokens: int) -> onnx.ModelProto:

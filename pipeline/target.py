@@ -118,7 +118,7 @@ class Target:
     max_file: int = 0
     max_opset: int = 0
     algorithms: tuple[str, ...] = ("gptq", "min_error", "rtn", "k_quant", "none")
-    exporters: tuple[str, ...] = ("genai", "optimum")
+    exporters: tuple[str, ...] = ("genai", "optimum", "native")
     compiled: bool = False
     isolated: bool = False
     missing: str = ""
@@ -315,9 +315,10 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
     if exporter not in target.exporters:
         known = " or ".join(target.exporters)
         yield ("export", "exporter"), f"{target.name} takes graphs of {known}, {exporter} writes others"
-    elif exporter in ("static", "openvino"):
-        if options:
-            yield ("export", "options"), f"exporter {exporter} takes no options: remove `options`"
+        return
+    if exporter in ("static", "openvino", "native") and options:
+        yield ("export", "options"), f"exporter {exporter} takes no options: remove `options`"
+    if exporter in ("static", "openvino"):
         if export.get("last_token_head") is False:
             yield ("export", "last_token_head"), f"exporter {exporter} always computes the head for the last token only"
         if export.get("draft_tokens"):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import (
+    decoder_graph,
     exporter,
     graph,
     graph_weights,
@@ -54,6 +55,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     olive.check_options(spec.exporter, spec.options, "export.options")
     if spec.exporter == "openvino":
         return _openvino(source, out_dir, spec.rotate, progress)
+    if spec.exporter == "native":
+        return _native(source, out_dir, spec, step.fields["dtype"], progress)
     work = out_dir / "export"
     work.mkdir()
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
@@ -82,6 +85,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "computed_rotary_tables": computed,
         }
     )
+
+
+def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Progress) -> Result:
+    """A graph of our own, written a weight at a time."""
+    import onnx
+
+    given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
+    progress(0.3, "writing weights")
+    model = exporter.export_native(given, out_dir, dtype)
+    if spec.last_token_head:
+        graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+    onnx.save(model, str(out_dir / "model.onnx"))
+    shutil.rmtree(out_dir / "rotated", ignore_errors=True)
+    _copy_sidecars(source, out_dir)
+    return Result({"exporter": "native", "opset": decoder_graph.OPSET, "operators": graph.operators(model)})
 
 
 def _copy_sidecars(source: Path, out_dir: Path) -> None:

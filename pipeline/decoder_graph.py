@@ -1,0 +1,248 @@
+"""A Qwen decoder as a graph of ONNX Runtime's fused operators, written one weight at a time.
+
+It is the graph that the genai builder writes of the architectures it knows; this module reads a checkpoint tensor by
+tensor, so that a model need not fit into memory, and takes what the builder refuses.
+
+Shapes in this module:
+    B: batch, S: tokens of a call, P: tokens in the cache, H: hidden size, A: attention heads, K: key-value heads,
+    D: head size, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.graph_builder import MICROSOFT, GraphBuilder
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
+
+    from pipeline.external_data import ExternalDataWriter
+    from pipeline.tensors import Tensors
+
+OPSET = 21
+_INT32 = 6  # onnx.TensorProto.INT32, without the import
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the graph depends on; ``rotary`` are the ``[D / 2]`` frequencies, ``amplitude`` scales their cosines."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    epsilon: float
+    tied: bool
+    rotary: npt.NDArray[np.float32]
+    amplitude: float
+
+
+def sizes_of(config: Any) -> Sizes:
+    """The sizes of a transformers text configuration.
+
+    Raises:
+        ValueError: the model has something that this module does not write.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        raise ValueError("a layer has sliding-window attention")
+    if config.hidden_act != "silu":
+        raise ValueError(f"the activation is {config.hidden_act}")
+    scaling = getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = "default" if kind == "mrope" else kind
+    if kind not in ROPE_INIT_FUNCTIONS or kind in ("dynamic", "longrope"):
+        raise ValueError(f"rotary embeddings of type {kind} depend on the length of the text")
+    frequencies, amplitude = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    return Sizes(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        epsilon=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+        rotary=frequencies.float().numpy(),
+        amplitude=float(amplitude),
+    )
+
+
+def write(
+    config: Any, tensors: Tensors, writer: ExternalDataWriter, dtype: type = np.float32, prefix: str = "model"
+) -> onnx.ModelProto:
+    """The whole decoder.
+
+    Inputs: ``input_ids`` and ``attention_mask`` int64 ``[B, S]`` and ``[B, P + S]``; ``past_key_values.N.key`` and
+    ``.value`` ``[B, K, P, D]``, keys rotated. Outputs: ``logits`` ``[B, S, V]``; ``present.N.key`` and ``.value``.
+
+    Args:
+        config: transformers' configuration of the text model.
+        tensors: of the checkpoint, by their names in transformers.
+        writer: takes the weights.
+        dtype: of weights and activations: float32 or float16.
+        prefix: of the decoder's own tensors.
+
+    Raises:
+        ValueError: the model has something that this module does not write.
+    """
+    return _Writer(sizes_of(config), tensors, GraphBuilder(writer), dtype, prefix).model()
+
+
+class _Writer:
+    """Writes one decoder; methods return the names of values."""
+
+    def __init__(self, sizes: Sizes, tensors: Tensors, g: GraphBuilder, dtype: type, prefix: str) -> None:
+        self.s, self.tensors, self.g, self.dtype, self.prefix = sizes, tensors, g, dtype, prefix
+
+    def model(self) -> onnx.ModelProto:
+        g, s = self.g, self.s
+        ids = g.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+        mask = g.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
+        lengths = self._lengths(mask)
+        tables = self._rotary_tables()
+        embedding = g.constant("model.embed_tokens.weight", self._values(f"{self.prefix}.embed_tokens.weight"))
+        x = g.node("Gather", [embedding, ids], "/model/embed_tokens")
+        added = ""
+        for index in range(s.layers):
+            path, name = f"{self.prefix}.layers.{index}", f"/model/layers.{index}"
+            normed, x = self._norm(x, added, f"{path}.input_layernorm", f"{name}/input_layernorm")
+            attended = self._attention(normed, index, lengths, tables)
+            normed, x = self._norm(x, attended, f"{path}.post_attention_layernorm", f"{name}/post_attention_layernorm")
+            added = self._mlp(normed, f"{path}.mlp", f"{name}/mlp")
+        normed, _ = self._norm(x, added, f"{self.prefix}.norm", "/model/norm")
+        head = f"{self.prefix}.embed_tokens" if s.tied else "lm_head"
+        weight = g.constant("lm_head.MatMul.weight", self._values(f"{head}.weight").T)
+        g.node("MatMul", [normed, weight], "/lm_head", ["logits"])
+        g.output("logits", self.dtype, ["batch_size", "sequence_length", s.vocabulary])
+        for index in range(s.layers):
+            for kind in ("key", "value"):
+                shape: list[int | str] = ["batch_size", s.kv_heads, "total_sequence_length", s.head_dim]
+                g.output(f"present.{index}.{kind}", self.dtype, shape)
+        return g.model("decoder", OPSET)
+
+    def _lengths(self, mask: str) -> list[str]:
+        """The int32 inputs of attention: tokens of each row less one ``[B]``, and of the longest."""
+        g, name = self.g, "/model/lengths"
+        count = g.node("ReduceSum", [mask, g.ints(1)], f"{name}/count", keepdims=0)
+        last = g.node("Sub", [count, g.ints(1)], f"{name}/last")
+        longest = g.node(
+            "Gather", [g.node("Shape", [mask], f"{name}/shape"), g.constant("one", np.array(1))], f"{name}/longest"
+        )
+        return [g.node("Cast", [value], f"{value}/int32", to=_INT32) for value in (last, longest)]
+
+    def _rotary_tables(self) -> list[str]:
+        """Cosines and sines ``[context, D / 2]``, which the runtime computes when it loads the model."""
+        g, name = self.g, "/model/rotary"
+        bounds = [
+            g.constant(f"{name}/{key}", np.array(value, np.float32))
+            for key, value in (("start", 0), ("limit", self.s.context), ("delta", 1))
+        ]
+        positions = g.node("Range", bounds, f"{name}/positions")
+        column = g.node("Unsqueeze", [positions, g.ints(1)], f"{name}/column")
+        angles = g.node("Mul", [column, g.constant(f"{name}/frequencies", self.s.rotary[None])], f"{name}/angles")
+        tables = [g.node(function, [angles], f"{name}/{function.lower()}") for function in ("Cos", "Sin")]
+        if self.s.amplitude != 1.0:
+            amplitude = g.constant(f"{name}/amplitude", np.array(self.s.amplitude, np.float32))
+            tables = [g.node("Mul", [table, amplitude], f"{table}/scaled") for table in tables]
+        return [self._cast(table, f"{key}_cache") for table, key in zip(tables, ("cos", "sin"), strict=True)]
+
+    def _attention(self, normed: str, index: int, lengths: list[str], tables: list[str]) -> str:
+        g, s = self.g, self.s
+        path, name = f"{self.prefix}.layers.{index}.self_attn", f"/model/layers.{index}/attn"
+        projected = self._linear(normed, [f"{path}.{kind}_proj" for kind in "qkv"], f"{name}/qkv_proj")
+        queries, keys, values = projected, "", ""
+        if f"{path}.q_norm.weight" in self.tensors:
+            widths = [s.heads * s.head_dim, *[s.kv_heads * s.head_dim] * 2]
+            parts = [f"{name}/{kind}" for kind in "qkv"]
+            g.node("Split", [projected, g.ints(*widths)], f"{name}/split", parts, axis=-1)
+            queries, keys = (
+                self._normed_heads(part, f"{path}.{kind}_norm", width, f"{name}/{kind}_norm")
+                for part, kind, width in zip(parts, "qk", widths, strict=False)
+            )
+            values = parts[2]
+        past = [
+            g.input(
+                f"past_key_values.{index}.{kind}",
+                self.dtype,
+                ["batch_size", s.kv_heads, "past_sequence_length", s.head_dim],
+            )
+            for kind in ("key", "value")
+        ]
+        mixed = g.node(
+            "GroupQueryAttention",
+            [queries, keys, values, *past, *lengths, *tables],
+            name,
+            [f"{name}/mixed", f"present.{index}.key", f"present.{index}.value"],
+            domain=MICROSOFT,
+            num_heads=s.heads,
+            kv_num_heads=s.kv_heads,
+            scale=s.head_dim**-0.5,
+            do_rotary=1,
+        )
+        return self._linear(mixed, [f"{path}.o_proj"], f"{name}/o_proj")
+
+    def _normed_heads(self, x: str, path: str, width: int, name: str) -> str:
+        """``[B, S, heads * D]`` with each head normalized."""
+        g = self.g
+        rows = g.node("Reshape", [x, g.ints(0, -1, self.s.head_dim)], f"{name}/heads")
+        normed, _ = self._norm(rows, "", path, name)
+        return g.node("Reshape", [normed, g.ints(0, -1, width)], f"{name}/rows")
+
+    def _mlp(self, normed: str, path: str, name: str) -> str:
+        gate, up = (self._linear(normed, [f"{path}.{kind}_proj"], f"{name}/{kind}_proj") for kind in ("gate", "up"))
+        return self._linear(self._gated(gate, up, name), [f"{path}.down_proj"], f"{name}/down_proj")
+
+    def _gated(self, gate: str, up: str, name: str) -> str:
+        g = self.g
+        gate = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}/sigmoid")], f"{name}/silu")
+        return g.node("Mul", [gate, up], f"{name}/gated")
+
+    def _linear(self, x: str, paths: list[str], name: str) -> str:
+        """``x`` times the weights of the modules at ``paths``, side by side, plus their biases if they have any."""
+        weight = np.concatenate([self._values(f"{path}.weight") for path in paths])
+        constant = self.g.constant(f"{name[1:].replace('/', '.')}.MatMul.weight", weight.T)
+        y = self.g.node("MatMul", [x, constant], name)
+        if f"{paths[0]}.bias" not in self.tensors:
+            return y
+        bias = np.concatenate([self._values(f"{path}.bias") for path in paths])
+        constant = self.g.constant(f"{name[1:].replace('/', '.')}.Add.bias", bias)
+        return self.g.node("Add", [y, constant], f"{name}/biased")
+
+    def _norm(self, x: str, added: str, path: str, name: str) -> tuple[str, str]:
+        """The RMS norm of ``x + added``, and that sum; of ``x`` where nothing is added."""
+        gain = self.g.constant(f"{name[1:].replace('/', '.')}.weight", self._values(f"{path}.weight"))
+        if not added:
+            normed = self.g.node(
+                "SimplifiedLayerNormalization", [x, gain], name, axis=-1, epsilon=self.s.epsilon, stash_type=1
+            )
+            return normed, x
+        total = f"{name}/sum"
+        normed = self.g.node(
+            "SkipSimplifiedLayerNormalization",
+            [x, added, gain],
+            name,
+            [name, "", "", total],
+            domain=MICROSOFT,
+            epsilon=self.s.epsilon,
+        )
+        return normed, total
+
+    def _cast(self, x: str, name: str) -> str:
+        import onnx
+
+        return self.g.node("Cast", [x], name, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype)))
+
+    def _values(self, name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = self.tensors.read(name).numpy().astype(self.dtype, copy=False)
+        return values
