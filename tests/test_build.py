@@ -142,12 +142,11 @@ def _start(project: Project, *options: str) -> subprocess.Popen[str]:
 
 
 def _workers(project: Project) -> list[psutil.Process]:
-    """The processes that run a step of this project's store, whoever their parent is."""
+    """The processes that run a step of this project's store, whoever their parent is: they hold its log open."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            line = process.cmdline()
-            if "pipeline.worker" in line and str(project.store) in line[-1]:
+            if any(Path(opened.path).parent == project.store / "logs" for opened in process.open_files()):
                 found.append(process)
     return found
 
