@@ -223,7 +223,7 @@ def findings(error: RecipeError) -> str:
 
 
 def demand(model: Model, recipe: Recipe, context: int = CONTEXT) -> Demand:
-    """What a package that a recipe (such as a base's) makes of a model needs on its device, whether it can be or not."""
+    """What the package that a recipe (such as a base's) makes of a model needs on its device."""
     packed, width = estimate.packed(recipe, model.shape, model.tower), estimate.floats(recipe)
     memory = sizes.runtime_bytes(model.shape, packed, context, width)
     return Demand(packed + sizes.FILES, memory, context)

@@ -18,8 +18,11 @@ from pipeline.catalogue import Base, Demand
 from pipeline.errors import RecipeError, ResourceError, UsageError
 from pipeline.models import COMMERCIAL, Model
 
-# Models whose sizes differ by less are held to be of one size: among them the newest is taken.
-_NEAR = 0.75
+# What a generation is worth beside size: its publisher says of Qwen3 that 1.7B, 4B, 8B, 14B and 32B do what 3B, 7B,
+# 14B, 32B and 72B of Qwen2.5 did, and of Qwen2 that 72B does more than 110B of Qwen1.5.
+_GENERATION = 2.0
+# Models that read more tokens than this are made for that, and are taken where others read too few.
+_LONG = 262_144
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,7 @@ class _Candidate:
 def choose(
     folder: Path, task: str, memory: int, target: str, context: int, family: str = "", research: bool = False
 ) -> Choice:
-    """The best model for a task that fits: the largest, of those of about its size the newest, and the scheme that
-    loses least.
+    """The best model for a task that fits, by size and generation, and of its schemes the one that loses least.
 
     Args:
         folder: of the recipes.
@@ -97,9 +99,10 @@ def choose(
     return Choice(best.model, best.base, best.demand, why, path, text)
 
 
-def size(model: Model) -> float:
-    """How large a model is for what it can: of a mixture of experts the geometric mean of all and of active ones."""
-    return math.sqrt(model.computed * model.active)
+def worth(model: Model) -> float:
+    """How much is expected of a model: its parameters (of a mixture of experts the geometric mean of all of them and of
+    those that a token goes through), doubled for each generation."""
+    return math.sqrt(model.computed * model.active) * float(_GENERATION**model.generation)
 
 
 def _candidates(
@@ -126,12 +129,8 @@ def _too_short(model: Model, base: Base, context: int) -> str:
 
 
 def _best(fitting: Sequence[_Candidate]) -> _Candidate:
-    largest = max(size(item.model) for item in fitting)
-    near = [item for item in fitting if size(item.model) >= _NEAR * largest]
-    newest = max(item.model.released for item in near)
-    return max(
-        (item for item in near if item.model.released == newest), key=lambda item: (size(item.model), -item.loss)
-    )
+    usual = [item for item in fitting if item.model.shape.context <= _LONG] or fitting
+    return max(usual, key=lambda item: (worth(item.model), item.model.released, -item.loss))
 
 
 def _existing(folder: Path, best: _Candidate, memory: int) -> tuple[Path, Demand] | None:
@@ -166,15 +165,15 @@ def _reasons(
         fit = {item.base.scheme for item in fitting if item.model is model}
         told = [f"{name} ({'fits, and loses more' if name in fit else 'does not fit'})" for name in others]
         yield f"its other schemes: {', '.join(told)}"
-    larger = [item for item in candidates if item not in fitting and size(item.model) > size(model)]
-    if larger:
-        next_one = min(larger, key=lambda item: item.demand.memory)
-        yield f"the next larger that fits no more is {next_one.model.name}: {next_one.demand.memory / 1e9:.2f} GB"
+    better = [item for item in candidates if item not in fitting and worth(item.model) > worth(model)]
+    if better:
+        least = min(better, key=lambda item: item.demand.memory)
+        yield f"the next better one, {least.model.name}, needs {least.demand.memory / 1e9:.2f} GB at least"
     else:
-        yield "there is no larger one that this version builds"
-    left_out = [item.name for item in models if item.license not in COMMERCIAL]
+        yield "this version builds no better one for this task (by size and generation)"
+    left_out = [item.name for item in models if item.license not in COMMERCIAL and worth(item) > worth(model)]
     if left_out and not research:
-        yield f"left out, since their licences allow research only: {', '.join(left_out)} (--research takes them in)"
+        yield f"left out, since the licence allows research only: {', '.join(left_out)} (--research takes it in)"
 
 
 def recipe_text(model: Model, base: Base, context: int, folder: Path) -> str:

@@ -28,6 +28,8 @@ _FIRST = ("zh", "en")
 # Qwen2 names 29 languages, Qwen2.5 "over 29": these are the ones of its model card.
 _MANY = ("zh", "en", "fr", "es", "pt", "de", "it", "ru", "ja", "ko", "vi", "th", "ar")
 
+_GENERATIONS = {"Qwen-": 0, "Qwen1.5-": 1, "Qwen2-": 2, "Qwen2.5-": 3, "QwQ-": 3, "Qwen3-": 4}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -70,6 +72,11 @@ class Model:
     def family(self) -> str:
         """``model_type`` in its configuration."""
         return self.shape.model_type
+
+    @property
+    def generation(self) -> int:
+        """Which of the publisher's generations it is of, counted from 0."""
+        return next(number for prefix, number in _GENERATIONS.items() if self.name.startswith(prefix))
 
     @property
     def computed(self) -> int:
