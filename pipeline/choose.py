@@ -138,8 +138,10 @@ def _existing(folder: Path, best: _Candidate, memory: int) -> tuple[Path, Demand
     for path in recipes.find(folder):
         if path.stem == best.base.name:
             recipe = recipes.load(path).recipe
-            own = catalogue.demand(best.model, recipe, best.demand.context)
-            if recipe.checkpoint.base_model == best.model.repo and own.memory <= memory:
+            context = best.demand.context
+            own = catalogue.demand(best.model, recipe, context)
+            reads = recipe.npu.cache if recipe.npu else recipe.generation.context_length or context
+            if recipe.checkpoint.base_model == best.model.repo and own.memory <= memory and reads >= context:
                 return path, own
     return None
 

@@ -222,6 +222,11 @@ def test_a_recipe_that_there_is_already_is_named(tmp_path: Path) -> None:
     chosen = choose.choose(RECIPES, "code", 1_000_000_000, "cpu", 4096)
     assert chosen.path == CODER / "cpu-int4.yaml"
     assert chosen.text == ""
+    # The one for NPUs has a cache of 1024 slots.
+    of_npu = {context: choose.choose(RECIPES, "code", 1_200_000_000, "npu", context) for context in (1024, 2048)}
+    assert {choice.model.name for choice in of_npu.values()} == {"Qwen2.5-Coder-0.5B-Instruct"}
+    assert of_npu[1024].path == CODER / f"{of_npu[1024].base.name}.yaml"
+    assert of_npu[2048].path is None
 
 
 def test_a_longer_context_needs_more_and_may_be_too_long() -> None:
