@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +112,7 @@ def _weights(folder: Path) -> list[Path]:
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if index.is_file():
-        names = _read_json(index, _MAX_JSON).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError("the index of the shards has no weight_map", where=str(index))
-        shards = sorted(set(names.values()))
-        for name in shards:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"the index names {name!r}, which is no safetensors file beside it", where=str(index)
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"the shard {name} is missing", where=str(index), fix="fetch the checkpoint again"
-                )
-        return [folder / name for name in shards]
+        return [folder / name for name in check_shards(folder, _names(folder))]
     unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in _UNSAFE)
     files = sorted(path.name for path in folder.iterdir() if path.suffix == ".gguf")
     reason = f"it has {', '.join(unsafe)}: loading a pickle runs its code" if unsafe else ""
@@ -138,6 +125,31 @@ def _weights(folder: Path) -> list[Path]:
         why=reason,
         fix=f"name the GGUF file itself: {folder / files[0]}" if files else remedy,
     )
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def check_shards(folder: Path, present: Collection[str]) -> list[str]:
+    """The shards that the index in ``folder`` names, all of which must be ``present``; none without an index.
+
+    Raises:
+        CheckpointError: one is missing, or the index is damaged.
+    """
+    index = folder / _INDEX
+    if _SINGLE in present or not index.is_file():
+        return []
+    names = _read_json(index, _MAX_JSON).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("the index of the shards has no weight_map", where=str(index))
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"the index names {name!r}, which is no safetensors file beside it", where=str(index))
+        if name not in present:
+            raise CheckpointError(f"the shard {name} is missing", where=str(index), fix="fetch the checkpoint again")
+    return shards
 
 
 def _check_tensors(tensors: Tensors, shape: Shape, folder: Path) -> None:

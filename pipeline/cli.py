@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, bench_loop, commands
+from pipeline import __version__, bench_loop, commands, model_commands
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -55,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
     build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
+    _locked_option(build)
     _store_option(build)
     _json_option(build)
 
     plan = _command(root, "plan", commands.plan, "show the steps of a recipe, what is cached and what they need")
     plan.add_argument("recipe", type=Path)
+    _locked_option(plan)
     _store_option(plan)
     _json_option(plan)
 
@@ -78,10 +80,46 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(tune)
     _json_option(tune)
 
+    _model_commands(root)
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
     return parser
+
+
+def _model_commands(root: Any) -> None:
+    models = _command(root, "models", model_commands.models, "list the Qwen models, and what each needs")
+    models.add_argument(
+        "--task", default="", help="what it should be made for: chat, code, math, thinking, vision, ..."
+    )
+    models.add_argument("--family", default="", help="model type, such as qwen3")
+    _device_options(models)
+    models.add_argument("--plan", default="", metavar="NAME", help="show what building one would need, step by step")
+    models.add_argument("--scheme", default="int4", help="of the build that --plan shows (default: %(default)s)")
+    models.add_argument("--exporter", default="", help="of the build that --plan shows (default: the scheme's)")
+    _json_option(models)
+
+    choose = _command(root, "choose", model_commands.choose, "propose a model and a scheme that fit, and their recipe")
+    choose.add_argument("--task", default="chat", help="what it should be made for (default: %(default)s)")
+    text = "what the device has for the model, such as 4GB or 3.5GiB"
+    choose.add_argument("--memory", type=model_commands.memory, required=True, metavar="SIZE", help=text)
+    choose.add_argument("--family", default="", help="model type, such as qwen3")
+    _device_options(choose)
+    choose.add_argument("--research", action="store_true", help="also models whose licence allows research only")
+    _json_option(choose)
+
+    lock = _command(root, "lock", model_commands.lock, "write the commit and digest of a recipe's checkpoint into it")
+    lock.add_argument("recipe", type=Path)
+    text = "take this branch, tag or commit instead of the recipe's, and its bytes"
+    lock.add_argument("--revision", default="", help=text)
+    _json_option(lock)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="cpu", help="(default: %(default)s)")
+    text = "tokens of prompt and answer (default: %(default)s)"
+    parser.add_argument("--context", type=model_commands.positive, default=4096, metavar="N", help=text)
+    parser.add_argument("--recipes", type=Path, default=commands.RECIPES, metavar="DIR", help="(default: %(default)s)")
 
 
 def _recipe_commands(root: Any) -> None:
@@ -185,6 +223,11 @@ def _command(root: Any, name: str, run: Command, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = root.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(command=run)
     return parser
+
+
+def _locked_option(parser: argparse.ArgumentParser) -> None:
+    text = "refuse a recipe that names a branch or tag, as is done in CI"
+    parser.add_argument("--locked", action="store_true", help=text)
 
 
 def _store_option(parser: argparse.ArgumentParser) -> None:

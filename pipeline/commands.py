@@ -24,11 +24,23 @@ if TYPE_CHECKING:
 RECIPES = Path("recipes")
 
 
-def _load(path: Path) -> tuple[Loaded, list[Step]]:
-    from pipeline import plan, recipe
+def _load(path: Path, options: argparse.Namespace) -> tuple[Loaded, list[Step]]:
+    from pipeline import plan
+
+    loaded = _locked(path, options)
+    return loaded, plan.make(loaded)
+
+
+def _locked(path: Path, options: argparse.Namespace) -> Loaded:
+    """A recipe, with the commit of today where it names a branch; CI refuses that."""
+    from pipeline import recipe
 
     loaded = recipe.load(path)
-    return loaded, plan.make(loaded)
+    if any(source.type == "hub" and not source.locked for source in loaded.recipe.checkpoint.sources):
+        from pipeline import lock
+
+        return lock.pinned(loaded, lock.is_strict(getattr(options, "locked", False)), _aside)
+    return loaded
 
 
 def _open_store(options: argparse.Namespace) -> Store:
@@ -40,7 +52,7 @@ def _open_store(options: argparse.Namespace) -> Store:
 def build(options: argparse.Namespace) -> int:
     from pipeline import index, report, runner
 
-    loaded, steps = _load(options.recipe)
+    loaded, steps = _load(options.recipe, options)
     store = _open_store(options)
     reporter = report.reporter(options.json)
     try:
@@ -146,7 +158,7 @@ def report(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     from pipeline import report, runner
 
-    loaded, steps = _load(options.recipe)
+    loaded, steps = _load(options.recipe, options)
     store = _open_store(options)
     cached = {step.stage: store.get(step.stage, step.key) for step in steps}
     needed = runner.need(steps, store)
@@ -268,7 +280,7 @@ def store_gc(options: argparse.Namespace) -> int:
     keep: set[str] = set()
     for path in paths:
         try:
-            keep.update(step.key for step in _load(path)[1])
+            keep.update(step.key for step in _load(path, options)[1])
         except QwenOnnxError as error:
             if options.keep:
                 raise

@@ -42,7 +42,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, in elements and counts."""
+    """The sizes of a decoder, in elements and counts.
+
+    A mixture of experts has ``experts`` MLPs of width ``expert_intermediate`` in each layer instead of one of width
+    ``intermediate``, a token goes through ``experts_per_token`` of them, and through one of width
+    ``shared_intermediate``.
+    """
 
     model_type: str
     layers: int
@@ -54,12 +59,32 @@ class Shape:
     vocabulary: int
     context: int
     tied: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    shared_intermediate: int = 0
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of the attention projections of one layer."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     @property
     def body_parameters(self) -> int:
-        """Weights of the attention and MLP projections of all layers."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        """Weights of the attention and MLP projections of all layers, of all experts and of what routes to them."""
+        return self.layers * (self.attention_parameters + self._mlp(self.experts))
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of all layers that one token goes through; fewer than all of a mixture of experts."""
+        return self.layers * (self.attention_parameters + self._mlp(self.experts_per_token))
+
+    def _mlp(self, experts: int) -> int:
+        """Weights of one layer's MLP, ``experts`` of its experts counted."""
+        if not self.experts:
+            return 3 * self.hidden * self.intermediate
+        widths = experts * self.expert_intermediate + self.shared_intermediate
+        return 3 * self.hidden * widths + self.hidden * self.experts
 
     @property
     def vocabulary_parameters(self) -> int:

@@ -9,14 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
-from pipeline.artifact import Estimate, Step
+from pipeline import __version__, checkpoint_files, digest, estimate, isolated, machine, texts
+from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import HELD_WHOLE, Shape, read_shape
-from pipeline.recipe import Loaded, Recipe
+from pipeline.family import Shape, read_shape
+from pipeline.recipe import Loaded
 from pipeline.target import TARGETS, Target, file_problem
 
-_GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
 _SAME = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
@@ -66,12 +65,19 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         versions: of the tools; the installed ones of those that are left out.
 
     Raises:
-        RecipeError: the recipe's target cannot be built by this version.
+        RecipeError: the recipe's target cannot be built by this version, or it names a branch (`pipeline.lock`).
         CheckpointError: a local checkpoint is missing.
         RuntimeMissing: a tool is not installed.
     """
     recipe = loaded.recipe
     target = TARGETS[recipe.target]
+    if loose := [source for source in recipe.checkpoint.sources if source.type == "hub" and not source.locked]:
+        raise RecipeError(
+            "the recipe is not locked",
+            where=f"{loaded.path}: {loose[0].repo} at {loose[0].revision}",
+            why="a branch or tag moves: what is built would depend on the day",
+            fix=f"qwen-onnx lock {loaded.path}",
+        )
     if target.missing:
         raise RecipeError(
             f"target {target.name} cannot be built",
@@ -80,7 +86,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
-    size = _estimate("quantize", recipe, shape).disk
+    size = estimate.of("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
             f"the package would be too large for {target.name}",
@@ -88,7 +94,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=problem,
             fix="quantize to fewer bits, or choose a smaller model",
         )
-    stages = [stage for stage in STAGES if target.compiled or not stage.compiled]
+    stages = stages_of(target)
     names = {name for stage in stages for name in stage.tools}
     if target.isolated:
         names.add(target.runtime.plugin.partition("==")[0])
@@ -112,9 +118,14 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             }
         )
         context = _context(loaded) if stage.name == "checkpoint" else {}
-        estimate = _estimate(stage.name, recipe, shape)
-        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, estimate, context)
+        need = estimate.of(stage.name, recipe, shape)
+        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, context)
     return list(steps.values())
+
+
+def stages_of(target: Target) -> list[Stage]:
+    """The stages of a build for ``target``, in order."""
+    return [stage for stage in STAGES if target.compiled or not stage.compiled]
 
 
 def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
@@ -262,62 +273,3 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
 def _context(loaded: Loaded) -> dict[str, Any]:
     return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(loaded.path.parent.resolve())}
-
-
-# What quantizing took of Qwen2.5-0.5B on two cores, by algorithm: memory beside 1 GB, in float32 weights (0: our own
-# pass, which streams and holds a few copies of the largest weight), and seconds a gigabyte of them.
-_QUANTIZING = {
-    "none": (0.0, 6),
-    "min_error": (0.0, 14),
-    "gptq": (0.0, 58),
-    "rtn": (1.6, 20),
-    "k_quant": (4.0, 100),
-    "dynamic": (4.0, 60),
-    "static": (2.4, 60),
-    "w8a8": (0.0, 14),
-    "nncf": (1.2, 12),
-}
-
-
-def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
-    """Rough needs, from the sizes of the weights.
-
-    The factors are what Qwen2.5-0.5B took on two cores, rounded up: converting holds the float32 weights one and a
-    half times; export and reference once, and a bit; runtimes 1 GB.
-    """
-    if shape is None:
-        weights = 4 * (recipe.checkpoint.size or _GB)
-        vocabulary = weights // 8
-        packed = weights // 4
-    else:
-        weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
-        vocabulary = 4 * shape.vocabulary_parameters
-        floats = 16 if TARGETS[recipe.target].dtypes[0] == "float16" else 32
-        bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else floats
-        embedding = floats if recipe.quantize.embedding == "float" else bits
-        packed = (shape.body_parameters * bits + shape.vocabulary_parameters * (bits + embedding)) // 8
-    fetched = recipe.checkpoint.size or 0
-    held, pace = _QUANTIZING[recipe.quantize.algorithm]
-    window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
-    whole = weights if weights <= HELD_WHOLE or shape is None else 2 * vocabulary + weights // shape.layers
-    streamed = recipe.export.exporter == "native"
-    copied = all(source.type == "local" and not source.path.endswith(".gguf") for source in recipe.checkpoint.sources)
-    seconds = weights / _GB  # a step's time is proportional to the weights it reads
-    table = {
-        "checkpoint": Estimate(
-            _GB if copied and not recipe.checkpoint.adapter else weights * 3 // 2 + _GB // 2,
-            weights + 2 * fetched,
-            10 + int(22 * seconds),
-        ),
-        "export": Estimate(
-            3 * vocabulary + _GB if streamed else weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)
-        ),
-        "quantize": Estimate(
-            int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
-        ),
-        "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
-        # An emulated NPU takes minutes for what a processor does in seconds.
-        "validate": Estimate(whole + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)),
-        "package": Estimate(_GB, 2 * packed, 5),
-    }
-    return table[stage]

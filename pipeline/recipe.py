@@ -22,12 +22,14 @@ from pipeline.strict_yaml import Document, Finding, Loc, nearest
 from pipeline.target import TARGETS, Target
 
 _DIGEST = r"^[0-9a-f]{64}$"
-_COMMIT = r"^[0-9a-f]{40}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEARLY_COMMIT = re.compile(r"[0-9a-fA-F]{12,}")
 _REPO = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 _PINNED = r"^[A-Za-z0-9][\w.-]*==[\w.]+$"
 _IN_WORDS = {
     _DIGEST: "should be a sha256 (64 hexadecimal digits, lower case)",
-    _COMMIT: "should be a commit (40 hexadecimal digits, lower case), since branches and tags move",
+    _REVISION: "should be a commit (40 hexadecimal digits, lower case), or a branch or tag until `qwen-onnx lock`",
     _REPO: "should be owner/name",
     _PINNED: "should be a pinned requirement (name==version)",
 }
@@ -37,12 +39,20 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class HubSource(Frozen):
-    """A Hugging Face repository at a commit; with ``file``, one GGUF file of it."""
+    """A Hugging Face repository at a commit; with ``file``, one GGUF file of it.
+
+    With a branch or tag for a revision, which moves, the recipe is not locked (`pipeline.lock`).
+    """
 
     type: Literal["hub"]
     repo: Annotated[str, Field(pattern=_REPO)]
-    revision: Annotated[str, Field(pattern=_COMMIT)]
+    revision: Annotated[str, Field(pattern=_REVISION)]
     file: str | None = None
+
+    @property
+    def locked(self) -> bool:
+        """Whether the revision is a commit."""
+        return _COMMIT.fullmatch(self.revision) is not None
 
 
 class LocalSource(Frozen):
@@ -261,6 +271,26 @@ def load(path: Path) -> Loaded:
     return Loaded(name, path, recipe, document.value)
 
 
+def read(value: dict[str, Any], where: Path) -> Recipe:
+    """The recipe that plain values make, checked like a file's.
+
+    Args:
+        where: a file to name in errors, such as the base that most of the value is from.
+
+    Raises:
+        RecipeError: with all findings, one a line.
+    """
+    document = Document(where, value)
+    findings = [Finding(document.place(loc), text) for loc, text in _contradictions(value)]
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        findings += [_explain(item, document) for item in error.errors()]
+    if findings:
+        raise strict_yaml.error(findings, where, fix="")
+    return recipe
+
+
 def find(folder: Path) -> list[Path]:
     """All recipe files below ``folder``; files and folders that start with an underscore are bases."""
     return sorted(
@@ -395,9 +425,11 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
         yield from _window_contradictions(value)
-    if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
+    if checkpoint := _typed(Checkpoint, value.get("checkpoint")):
+        yield from _revision_contradictions(checkpoint)
+    if checkpoint and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
-            if source.type == "wheels" or (source.type == "hub" and source.file):
+            if source.type == "wheels" or (source.type == "hub" and source.file and source.locked):
                 text = "a remote file needs `checkpoint.sha256`: the digest decides, so that no mirror needs trust"
                 yield ("checkpoint", "sources", index), text
     if architecture := _typed(Architecture, value.get("architecture")):
@@ -406,6 +438,14 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
         elif export and export.exporter not in (*family.exporters, "static", "openvino"):
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+
+
+def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]]:
+    """Revisions that are a commit with a slip of the pen: as a branch they would be looked for, and not be found."""
+    for index, source in enumerate(checkpoint.sources):
+        if source.type == "hub" and not source.locked and _NEARLY_COMMIT.fullmatch(source.revision):
+            text = f"`revision`: should be a whole commit, 40 hexadecimal digits in lower case, got {source.revision!r}"
+            yield ("checkpoint", "sources", index, "revision"), text
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:

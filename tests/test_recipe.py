@@ -108,9 +108,9 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "quantize: {algorithm: min_eror}",
         [("cpu-int4.yaml:2: `quantize.algorithm`: should be 'gptq', 'min_error'", "did you mean `min_error`?")],
     ),
-    "a branch for a commit": (
-        "checkpoint: {sources: [{type: hub, repo: a/b, revision: main}]}",
-        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got 'main'")],
+    "no revision": (
+        "checkpoint: {sources: [{type: hub, repo: a/b, revision: -x}]}",
+        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got '-x'")],
     ),
     "an option of pip for a requirement": (
         "checkpoint: {sources: [{type: wheels, wheels: [{requirement: --index-url==x, member: y}]}]}",
