@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import qwen1_layout
 from pipeline.errors import CheckpointError
 
 
@@ -78,7 +79,7 @@ _FIELDS = {
 
 
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
-    """The `Shape` that a ``config.json`` describes.
+    """The `Shape` that a ``config.json`` describes; of Qwen 1.0, that of the Qwen2 model that it is converted to.
 
     Raises:
         CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
@@ -86,6 +87,8 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("config.json is no JSON object", where=where)
+    if qwen1_layout.is_qwen1(config):  # its auto_map names code that is known, and never run
+        config = qwen1_layout.as_qwen2(config, where)
     if "auto_map" in config:
         raise CheckpointError(
             "the checkpoint asks for code of its own (auto_map)",
@@ -101,7 +104,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         raise CheckpointError(
             f"architecture {architectures} of model type {model_type!r} is not supported",
             where=where,
-            fix=f"supported: {known}",
+            fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
     sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
