@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import qwen1_layout
+from pipeline import positions, qwen1_layout
 from pipeline.errors import CheckpointError
 
 
@@ -82,8 +82,8 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     """The `Shape` that a ``config.json`` describes; of Qwen 1.0, that of the Qwen2 model that it is converted to.
 
     Raises:
-        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
-            also when ``config`` is no mapping, which JSON allows.
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer, or
+            positions are scaled in an unsupported way; also when ``config`` is no mapping, which JSON allows.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("config.json is no JSON object", where=where)
@@ -112,12 +112,13 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     defaults = {
         "kv_heads": heads,
         "head_dim": family.head_dim or (hidden // heads if divides else None),
-        "context": 32768,
+        "context": positions.DEFAULT,
     }
     sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
+    sizes["context"] = positions.read(config, sizes["context"], where).context
     return Shape(model_type=family.model_type, tied=bool(config.get("tie_word_embeddings", False)), **sizes)
 
 

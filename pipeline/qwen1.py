@@ -52,9 +52,9 @@ def convert(source: Path, out_dir: Path, progress: Progress) -> dict[str, Any]:
     tokens = {"eos_token_id": [ids[token] for token in eos], "pad_token_id": ids[qwen1_tokenizer.END_OF_TEXT]}
     _write_json(out_dir / "generation_config.json", {**tokens, **_generation(settings)})
     config |= {
-        "eos_token_id": tokens["eos_token_id"][0],
-        "bos_token_id": tokens["pad_token_id"],
-        "pad_token_id": tokens["pad_token_id"],
+        "eos_token_id": ids[eos[0]],
+        "bos_token_id": ids[qwen1_tokenizer.END_OF_TEXT],
+        "pad_token_id": ids[qwen1_tokenizer.END_OF_TEXT],
         "torch_dtype": next(_DTYPES[found[_EMBEDDING][0]] for found in shards.values() if _EMBEDDING in found),
     }
     _write_json(out_dir / "config.json", config)
@@ -126,9 +126,12 @@ def _generation(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that transformers knows, too; the others are of the code that is not run."""
     sample = settings.get("do_sample") is True
     wanted = _SETTINGS | (_SAMPLING if sample else {})
-    given = {name: settings.get(name) for name in wanted}
-    found = {name: value for name, value in given.items() if type(value) in (int, float) and 0 <= value < 1e9}
-    return {"do_sample": sample, **{name: wanted[name](value) for name, value in found.items()}}
+    found: dict[str, Any] = {"do_sample": sample}
+    for name, kind in wanted.items():
+        value: Any = settings.get(name)
+        if type(value) in (int, float) and 0 <= value < 1e9:
+            found[name] = kind(value)
+    return found
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
