@@ -191,6 +191,8 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {"soc": recipe.npu.soc, "share_weights": recipe.npu.share_weights}
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
+        if fields["long_tokens"] is None:  # the key of a recipe without stays what it was
+            del fields["long_tokens"]
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
         soc = {"soc": recipe.npu.soc} if recipe.npu else {}
@@ -315,6 +317,8 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
     held, pace = _QUANTIZING[recipe.quantize.algorithm]
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
     seconds = weights / _GB  # a step's time is proportional to the weights it reads
+    long = recipe.validation.long_tokens or 0  # with 10 ms a token and gigabyte, and a cache of each of two models
+    caches = 16 * long * shape.layers * shape.kv_heads * shape.head_dim if shape else long * _GB // 20_000
     table = {
         "checkpoint": Estimate(weights * 3 // 2 + _GB // 2, weights + 2 * fetched, 10 + int(22 * seconds)),
         "export": Estimate(weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)),
@@ -324,7 +328,9 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
         "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
         # An emulated NPU takes minutes for what a processor does in seconds.
         "validate": Estimate(
-            weights + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)
+            weights + packed + 6 * window + caches + 2 * _GB,
+            0,
+            20 + int(((600 if recipe.npu else 50) + 0.01 * long) * seconds),
         ),
         "package": Estimate(_GB, 2 * packed, 5),
     }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_olive import artifact, quiet, run_export, step
 
-from pipeline import generate, reference
+from pipeline import generate, long_context, reference
 from pipeline import session as sessions
 from pipeline.artifact import Artifact
 from pipeline.errors import CheckpointError
@@ -105,6 +105,32 @@ def test_yarn_gives_the_logits_of_pytorch_within_and_beyond_the_window(
     plain = reference.load(scaled(model_type, "")).logits(ids)
     assert np.abs(plain - wanted)[:WINDOW].max() > 100 * bound  # what a graph without YaRN would compute
     assert np.abs(plain - wanted)[WINDOW:].max() > 100 * bound
+
+
+def test_a_long_text_tells_scaled_positions_from_plain_ones(scaled: Callable[..., Path], tmp_path: Path) -> None:
+    right = scaled("qwen2", "qwen2.5")
+    wrong = tmp_path / "checkpoint"
+    shutil.copytree(right, wrong)
+    config = json.loads((wrong / "config.json").read_bytes())
+    (wrong / "config.json").write_text(json.dumps(config | {"rope_scaling": None, "max_position_embeddings": 256}))
+    torch_model = reference.load(right)
+    found = {}
+    for name, checkpoint in (("right", right), ("wrong", wrong)):
+        session = sessions.open_package(run_export(checkpoint, tmp_path / name, "genai").path)
+        found[name] = long_context.measure(torch_model, session, 200, quiet)
+    assert found["right"]["tokens"] == 200
+    assert found["right"]["positions"] == long_context.LAST
+    assert found["right"]["mean_kl"] < 1e-5
+    assert found["right"]["top1"] == 1
+    assert found["wrong"]["mean_kl"] > 1e-3
+
+
+def test_the_reference_of_a_long_text_is_that_of_the_whole_text(scaled: Callable[..., Path]) -> None:
+    torch_model = reference.load(scaled("qwen3", "qwen3"))
+    ids = long_context.text(torch_model.tokenizer, 1300)  # in three pieces
+    whole = torch_model.logits(ids)[-long_context.LAST :]
+    found = long_context.reference_logits(torch_model, ids)
+    assert np.abs(found - whole).max() < 1e-4 * np.abs(whole).max()
 
 
 def test_a_context_ends_where_dual_chunk_attention_would_begin(scaled: Callable[..., Path], tmp_path: Path) -> None:

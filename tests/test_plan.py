@@ -139,3 +139,16 @@ def test_a_context_that_the_checkpoint_cannot_have_is_refused_when_planned(tmp_p
 
 
 _LOCAL = "type: local, path: ../here"
+
+
+def test_a_long_text_is_a_field_of_validation_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "cpu.yaml"
+    path.parent.mkdir()
+    found = {}
+    for name, text in (("without", REST), ("with", REST.replace("gates:", "long_tokens: 5000, gates:"))):
+        path.write_text(BASE + text)
+        found[name] = next(step for step in plan.make(recipe.load(path), VERSIONS) if step.stage == "validate")
+    assert "long_tokens" not in found["without"].fields
+    assert found["with"].fields["long_tokens"] == 5000
+    assert found["with"].estimate.seconds > found["without"].estimate.seconds
+    assert found["with"].estimate.memory > found["without"].estimate.memory
