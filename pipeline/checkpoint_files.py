@@ -38,8 +38,8 @@ def tree_digest(folder: Path) -> str:
 def is_part(name: str) -> bool:
     """Whether a file of that name is part of a checkpoint: weights, configuration, tokenizer, licence."""
     return (
-        name.endswith((".safetensors", ".json", ".jinja"))
-        or name in ("merges.txt", "vocab.txt", qwen1_tokenizer.FILE)
+        name.endswith((".safetensors", ".json", ".jinja", ".tiktoken"))
+        or name in ("merges.txt", "vocab.txt")
         or name.startswith(("LICENSE", "NOTICE"))
     )
 

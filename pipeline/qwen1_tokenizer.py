@@ -48,6 +48,8 @@ def read(path: Path, vocabulary: int) -> list[bytes]:
             tokens than the model.
     """
     try:
+        if not path.is_file():
+            raise ValueError("there is no such file")
         size = path.stat().st_size
         if size > _MAX_FILE:
             raise ValueError(f"it has {size} bytes; more than {_MAX_FILE} are not read")
