@@ -103,7 +103,7 @@ difference. `report.html` shows every figure, gate and answer, and `validation.j
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
-
+{_extended(validation)}
 ## Where it comes from
 
 | | |
@@ -115,6 +115,23 @@ for the texts they were measured on; measure on your own before you depend on th
 | needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
+"""
+
+
+def _extended(validation: Mapping[str, Any]) -> str:
+    """What is known of positions beyond the window that the weights were trained for; nothing where there are none."""
+    facts = validation.get("extended")
+    if not facts:
+        return ""
+    known = f"nothing was measured beyond {facts['measured']} tokens"
+    if long := validation.get("long"):
+        known = (
+            f"over the last {long['positions']} of {long['tokens']} tokens mean KL is {long['mean_kl']:.4f} and top-1 agreement "
+            f"{long['top1']:.1%}, and nothing was measured beyond"
+        )
+    return f"""
+The context was extended from {facts["original"]} to {facts["context"]} tokens (YaRN): {known}. Scaled positions also change
+answers to short texts a little, in the original as here.
 """
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint_files, digest, download, gguf
+from pipeline import checkpoint_files, digest, download, gguf, qwen1, qwen1_layout
 from pipeline.artifact import Progress
 from pipeline.errors import CheckpointError, DownloadError, QwenOnnxError
 from pipeline.recipe import Checkpoint, HubSource, LocalSource, WheelSource
@@ -113,9 +114,12 @@ def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progres
         facts = gguf.convert(source, out_dir, progress)
     else:
         checkpoint_files.check_directory(source)
-        for path in checkpoint_files.parts(source):
-            progress(0.1, f"copying {path.name}")
-            shutil.copyfile(path, out_dir / path.name)
+        if qwen1_layout.is_qwen1(json.loads((source / "config.json").read_bytes())):
+            facts = qwen1.convert(source, out_dir, progress)
+        else:
+            for path in checkpoint_files.parts(source):
+                progress(0.1, f"copying {path.name}")
+                shutil.copyfile(path, out_dir / path.name)
     if adapter:
         progress(0.6, "merging the adapter")
         _merge(out_dir, adapter)

@@ -90,8 +90,11 @@ def of(stage: str, recipe: Recipe, shape: Shape | None, tower: Tower | None = No
         # takes minutes for what a processor does in seconds.
         reference = sized.floats if sized.floats <= HELD_WHOLE else sized.layer + 2 * sized.vocabulary
         logits = recipe.validation.window_tokens * sized.vocabulary // sized.hidden
-        seconds = 20 + int((600 if recipe.npu else 50) * gigabytes)
-        return Estimate(reference + sized.packed + 6 * logits + 2 * _GB, 0, seconds)
+        # A long text takes 10 ms a token and gigabyte, and a cache of each of the two models.
+        long = recipe.validation.long_tokens or 0
+        caches = 16 * long * shape.layers * shape.kv_heads * shape.head_dim if shape else long * _GB // 20_000
+        seconds = 20 + int(((600 if recipe.npu else 50) + 0.01 * long) * gigabytes)
+        return Estimate(reference + sized.packed + 6 * logits + caches + 2 * _GB, 0, seconds)
     return Estimate(_GB, 2 * sized.packed + sizes.FILES, 5)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import positions, qwen1_layout
 from pipeline.errors import CheckpointError
 
 # Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
@@ -106,14 +107,16 @@ _FIELDS = {
 
 
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
-    """The `Shape` that a ``config.json`` describes.
+    """The `Shape` that a ``config.json`` describes; of Qwen 1.0, that of the Qwen2 model that it is converted to.
 
     Raises:
-        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
-            also when ``config`` is no mapping, which JSON allows.
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer, or
+            positions are scaled in an unsupported way; also when ``config`` is no mapping, which JSON allows.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("config.json is no JSON object", where=where)
+    if qwen1_layout.is_qwen1(config):  # its auto_map names code that is known, and never run
+        config = qwen1_layout.as_qwen2(config, where)
     if "auto_map" in config:
         raise CheckpointError(
             "the checkpoint asks for code of its own (auto_map)",
@@ -129,7 +132,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         raise CheckpointError(
             f"architecture {architectures} of model type {model_type!r} is not supported",
             where=where,
-            fix=f"supported: {known}",
+            fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
     sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
@@ -137,12 +140,13 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     defaults = {
         "kv_heads": heads,
         "head_dim": family.head_dim or (hidden // heads if divides else None),
-        "context": 32768,
+        "context": positions.DEFAULT,
     }
     sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
+    sizes["context"] = positions.read(config, sizes["context"], where).context
     return Shape(model_type=family.model_type, tied=bool(config.get("tie_word_embeddings", False)), **sizes)
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, estimate, isolated, machine, texts
+from pipeline import __version__, checkpoint_files, digest, estimate, isolated, machine, positions, texts
 from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
-from pipeline.recipe import Loaded
+from pipeline.recipe import Loaded, Recipe
 from pipeline.target import TARGETS, Target, file_problem
 
 # Distributions that provide the same module for other hardware.
@@ -66,7 +66,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
 
     Raises:
         RecipeError: the recipe's target cannot be built by this version, or it names a branch (`pipeline.lock`).
-        CheckpointError: a local checkpoint is missing.
+        CheckpointError: a local checkpoint is missing, is not supported, or cannot have the recipe's context.
         RuntimeMissing: a tool is not installed.
     """
     recipe = loaded.recipe
@@ -85,6 +85,8 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=target.missing,
             fix="`qwen-onnx targets` shows what each target lacks",
         )
+    for config, where in _local_configs(loaded):
+        positions.check_context(config, _context_length(recipe), where)
     shape = shape_of(loaded)
     size = estimate.of("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
@@ -160,15 +162,24 @@ def shape_of(loaded: Loaded) -> Shape | None:
     given = loaded.recipe.architecture
     if given:
         return Shape(**given.model_dump(), context=0, tied=False)
+    return next((read_shape(config, where) for config, where in _local_configs(loaded)), None)
+
+
+def _local_configs(loaded: Loaded) -> Iterator[tuple[Any, str]]:
+    """The ``config.json`` of each local checkpoint that has one, and its path."""
     for source in loaded.recipe.checkpoint.sources:
         if source.type == "local":
             path = loaded.path.parent / source.path / "config.json"
             if path.is_file():
                 try:
-                    return read_shape(json.loads(path.read_bytes()), str(path))
+                    yield json.loads(path.read_bytes()), str(path)
                 except ValueError as error:
                     raise CheckpointError("config.json is not JSON", where=str(path), why=str(error)) from None
-    return None
+
+
+def _context_length(recipe: Recipe) -> int | None:
+    """The context that a recipe asks for; ``None`` where it takes the checkpoint's."""
+    return recipe.npu.cache if recipe.npu else recipe.generation.context_length
 
 
 def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
@@ -191,6 +202,8 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {"soc": recipe.npu.soc, "share_weights": recipe.npu.share_weights}
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
+        if fields["long_tokens"] is None:  # the key of a recipe without stays what it was
+            del fields["long_tokens"]
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
         soc = {"soc": recipe.npu.soc} if recipe.npu else {}
@@ -272,4 +285,8 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
 
 
 def _context(loaded: Loaded) -> dict[str, Any]:
-    return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(loaded.path.parent.resolve())}
+    return {
+        "checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"),
+        "base": str(loaded.path.parent.resolve()),
+        "context_length": _context_length(loaded.recipe),
+    }

@@ -184,6 +184,7 @@ class Validate(Frozen):
 
     Attributes:
         decode_tokens: how many tokens of each window take the decode path; all when left out.
+        long_tokens: length of a text more, whose end is compared (`pipeline.long_context`); none when left out.
         greedy_tokens: length of the greedy answers.
         answers: how many conversations are answered; all when left out.
     """
@@ -191,6 +192,7 @@ class Validate(Frozen):
     windows: Annotated[int, Field(ge=1, le=64)] = 8
     window_tokens: Annotated[int, Field(ge=16, le=2048)] = 256
     decode_tokens: Annotated[int, Field(ge=2)] | None = None
+    long_tokens: Annotated[int, Field(ge=128, le=1 << 20)] | None = None
     greedy_tokens: Annotated[int, Field(ge=1, le=256)] = 32
     answers: Annotated[int, Field(ge=1)] | None = None
     gates: Gates
@@ -465,6 +467,8 @@ def _window_contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     npu, spec = _typed(Npu, value.get("npu")), _typed(Validate, value.get("validate"))
     if npu is None or spec is None:
         return
+    if spec.long_tokens:
+        yield ("validate", "long_tokens"), "a compiled decoder is not measured on a long text: remove it"
     if spec.window_tokens > npu.cache:
         yield ("validate", "window_tokens"), f"{spec.window_tokens} tokens do not fit the cache of {npu.cache} slots"
     if (spec.decode_tokens or 0) >= spec.window_tokens:

@@ -461,6 +461,7 @@ validate:
   windows: 1
   window_tokens: 16
   decode_tokens: 8
+  long_tokens: 128
   greedy_tokens: 1
   answers: 1
   gates: {{p99_kl: 1, greedy: 0.5, runaway: 1}}

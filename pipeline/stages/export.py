@@ -68,6 +68,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         if spec.last_token_head:
             graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        scaled = rotary.scale_tables(model, source / "config.json")
         # GPUs' runtimes do not all fold constants, and there the tables are half as large.
         computed = step.fields["dtype"] == "float32" and rotary.compute_tables(model, work, source / "config.json")
         graph_weights.repack(model, work, writer)
@@ -82,6 +83,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
             "inputs": len(inputs_before[0]),
             "operators": graph.operators(model),
+            "scaled_rotary_tables": scaled,
             "computed_rotary_tables": computed,
         }
     )

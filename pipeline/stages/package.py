@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, html_report, replay, verify
+from pipeline import card, digest, html_report, positions, replay, verify
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -31,6 +31,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     Raises:
         StageError: the validation is of another model, or the licence text is missing.
+        CheckpointError: the recipe asks for a context that the checkpoint cannot have.
         PackageError: the package fails its own verification.
     """
     model, checkpoint, validated = inputs.get("compile", inputs["quantize"]), inputs["checkpoint"], inputs["validate"]
@@ -44,6 +45,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     for name in (VALIDATION, GOLDEN):
         shutil.copyfile(validated.path / name, out_dir / name)
     shutil.copyfile(Path(replay.__file__), out_dir / "replay.py")
+    _check_context(model, checkpoint, step.fields["generation"]["context_length"])
     _write_config(out_dir / "genai_config.json", step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
     manifest = _describe(step, inputs, validation["candidate"])
@@ -80,6 +82,13 @@ def _shipped(model: Artifact) -> dict[str, Path]:
             files.pop(f"{path.stem}_qnn.bin", None)
         files |= {path.name: path for path in shared}
     return files
+
+
+def _check_context(model: Artifact, checkpoint: Artifact, wanted: int | None) -> None:
+    """Once more: the checkpoint's own step does not depend on the recipe's context, and may come from the store."""
+    config = json.loads((checkpoint.path / "config.json").read_bytes())
+    made = json.loads((model.path / "genai_config.json").read_bytes())["model"]["context_length"]
+    positions.check_context(config, wanted or made, "generation.context_length")
 
 
 def _write_config(path: Path, generation: Mapping[str, Any]) -> None:

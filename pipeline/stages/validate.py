@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
+from pipeline import (
+    generate,
+    graph,
+    long_context,
+    metrics,
+    npu_agreement,
+    openvino,
+    parity,
+    positions,
+    reference,
+    replay,
+    texts,
+)
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
@@ -42,7 +54,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     """Write ``validation.json`` and ``golden.jsonl``; the result is refused when a gate is not met.
 
     Raises:
-        StageError: the evaluation text is too short, or is not the pinned one.
+        StageError: the evaluation text is too short, or is not the pinned one; or the long text does not reach beyond
+            the window that the checkpoint was trained for, or leaves the context.
         PackageError: the runtime cannot load the model.
     """
     spec = Validate.model_validate(
@@ -56,6 +69,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     provider = "cpu" if execution["missing"] else ""
     session = sessions.open_package(package, provider=provider)
     windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
+    extended = _extended(inputs["checkpoint"].path, session, spec)
     report: dict[str, Any] = {
         "schema_version": 1,
         "reference": {
@@ -73,6 +87,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "not_executed_on_target": execution["missing"],
         },
         "text": {"sha256": step.fields["text"], "windows": len(windows), "window_tokens": spec.window_tokens},
+        **({"extended": extended} if extended else {}),
     }
     scratch = out_dir.parent / "twin"
     try:
@@ -81,6 +96,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         else:
             whole = _whole_prompts(session, scratch)
             report |= _agreement(torch_model, session, whole, windows, progress)
+        if spec.long_tokens:
+            report["long"] = long_context.measure(
+                torch_model, session, spec.long_tokens, lambda part, what: progress(0.8 + 0.05 * part, what)
+            )
     except ValueError as error:
         report["finite"] = False
         report["failure"] = str(error)
@@ -99,6 +118,37 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / VALIDATION).write_text(text + "\n", encoding="utf-8")
     facts = {"passed": report["passed"], **{path: report.get(path) for path in ("prefill", "decode")}}
     return Result(facts, None if report["passed"] else _refusal(report, inputs["quantize"].facts).as_dict())
+
+
+def _extended(checkpoint: Path, session: Session, spec: Validate) -> dict[str, int]:
+    """Of a checkpoint whose positions are scaled: its ``original`` window, ``context``, what is ``measured`` (tokens).
+
+    Raises:
+        StageError: the long text does not fit the context, or ends within the original window.
+    """
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    reach = positions.read(config, config.get("max_position_embeddings") or positions.DEFAULT, str(checkpoint))
+    if spec.long_tokens and spec.long_tokens >= session.context_length:
+        raise StageError(
+            f"a text of {spec.long_tokens} tokens does not fit the context of {session.context_length}",
+            where="validate.long_tokens",
+            fix=f"ask for {session.context_length - 1} or less",
+        )
+    if reach.context <= reach.original:
+        return {}
+    least = reach.original + long_context.LAST
+    if spec.long_tokens and spec.long_tokens < least:
+        raise StageError(
+            f"a text of {spec.long_tokens} tokens ends within the window of {reach.original} that is extended",
+            where="validate.long_tokens",
+            why="nothing would be measured beyond it",
+            fix=f"ask for {least} or more",
+        )
+    return {
+        "original": reach.original,
+        "context": session.context_length,
+        "measured": max(spec.window_tokens, spec.long_tokens or 0),
+    }
 
 
 def cut(tokenizer: Any, count: int, length: int) -> list[Window]:
@@ -168,7 +218,7 @@ def _agreement(
     prefill, decode = Tally(), Tally()
     last_token_error = 0.0
     for index, window in enumerate(windows):
-        progress(0.05 + 0.8 * index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
+        progress(0.05 + 0.75 * index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
         wanted = metrics.log_softmax(torch_model.logits(window.ids))
         found = whole(window.ids)
         prefill.add(window.domain, wanted, found, window.ids)
@@ -259,6 +309,8 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
             if bound is not None:
                 found.append(_gate(metric, path, figures[metric], bound, "max"))
         found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
+    if "long" in report:  # of so few tokens the mean alone says something
+        found.append(_gate("mean_kl", "long", report["long"]["mean_kl"], wanted.mean_kl, "max"))
     found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
     runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
     found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
