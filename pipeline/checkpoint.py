@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -119,12 +120,24 @@ def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progres
         else:
             for path in checkpoint_files.parts(source):
                 progress(0.1, f"copying {path.name}")
-                shutil.copyfile(path, out_dir / path.name)
+                _take(path, out_dir / path.name)
     if adapter:
         progress(0.6, "merging the adapter")
         _merge(out_dir, adapter)
     shape = checkpoint_files.check_directory(out_dir)
     return {**facts, **shape}
+
+
+def _take(source: Path, target: Path) -> None:
+    """A file; weights without a second copy of their bytes, where the disk allows that: the store notices changes."""
+    if source.suffix == ".safetensors":  # never written to in place
+        try:
+            os.link(source.resolve(), target)
+        except OSError:  # another disk, or one without hard links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
 
 
 def _merge(folder: Path, adapter: Path) -> None:
