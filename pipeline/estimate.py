@@ -74,8 +74,8 @@ def of(stage: str, recipe: Recipe, shape: Shape | None, tower: Tower | None = No
     gigabytes = sized.floats / _GB
     if stage == "checkpoint":
         pace = FETCHING[_way(recipe.checkpoint)]
-        # What is fetched is kept until the store is cleaned, beside what the step makes of it. A directory's weights are
-        # linked; a local one on another disk is copied, which a build finds out.
+        # What is fetched is kept until the store is cleaned, beside what the step makes of it. A directory's weights
+        # are linked; of a local one on another disk they are copied, which a build finds out.
         linked = sized.fetched if any(source.type == "hub" for source in recipe.checkpoint.sources) else 0
         disk = linked if pace is FETCHING["directory"] else sized.floats + 2 * sized.fetched
         return Estimate(sized.memory(pace), disk, pace.start + int(pace.seconds * gigabytes))
