@@ -124,6 +124,10 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--prompt", required=True, help="the text, or - for standard input")
     generate.add_argument("--system", help="system message")
     generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
+    text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
+    generate.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)
+    text = "end its thoughts after N tokens; they are shown on standard error, and apart with --json"
+    generate.add_argument("--thinking-budget", type=int, metavar="N", help=text)
     generate.add_argument("--max-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     generate.add_argument("--top-p", type=float, default=0.8, help="(default: %(default)s)")

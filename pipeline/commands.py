@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from pipeline.errors import GateError, QwenOnnxError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
-    from pipeline.generate import Sampling
     from pipeline.recipe import Loaded
     from pipeline.store import Store
 
@@ -75,65 +73,22 @@ def build(options: argparse.Namespace) -> int:
 
 def _answer(folder: Path, prompt: str) -> None:
     """Let a package that was just built and verified answer a prompt, where it was validated."""
-    from pipeline import chat, machine
+    from pipeline import answer, chat, machine
     from pipeline.artifact import read_manifest
+    from pipeline.thinking import VARIABLE
 
     target = read_manifest(folder).data["target"]
     elsewhere = machine.elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"])
     limit = 4 if "emulator" in target["validated_device"] else 160  # a token takes an emulator a quarter of a minute
     print(f"\n> {prompt}\n")
-    asked = chat.load(folder).encode_chat([{"role": "user", "content": prompt}])
-    _stream(folder, asked, limit, provider="cpu" if elsewhere else "")
+    tokenizer = chat.load(folder)
+    briefly = {VARIABLE: False} if tokenizer.takes(VARIABLE) else {}  # thoughts alone would fill the limit
+    asked = tokenizer.encode_chat([{"role": "user", "content": prompt}], **briefly)
+    settings = answer.Settings(limit, provider="cpu" if elsewhere else "", split=answer.splits(tokenizer))
+    answer.stream(folder, tokenizer, asked, settings)
     if elsewhere:
         device = f"{target['validated_on']} ({target['validated_device']})"
         print(f"(answered by {device}, not on {elsewhere})", file=sys.stderr)
-
-
-def _stream(
-    folder: Path,
-    prompt: Sequence[int],
-    limit: int,
-    threads: int | None = None,
-    sampling: Sampling | None = None,
-    as_json: bool = False,
-    provider: str = "",
-    lookup: bool = False,
-) -> None:
-    """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
-    import time
-
-    from pipeline import chat, generate, session, speculation
-
-    opened = session.open_package(folder, threads, provider)
-    counts = speculation.Counts()
-    tokens = (
-        speculation.stream(opened, prompt, limit, sampling, counts)
-        if lookup
-        else generate.stream(opened, prompt, limit, sampling)
-    )
-    text = generate.TextStream(chat.load(folder))
-    begin = time.perf_counter()
-    first, count = 0.0, 0
-    for token in tokens:
-        count += 1
-        first = first or time.perf_counter() - begin
-        piece = text.push(token)
-        print(
-            json.dumps({"token": token, "text": piece}) if as_json else piece, end="\n" if as_json else "", flush=True
-        )
-    took = time.perf_counter() - begin - first
-    speed = (count - 1) / took if count > 1 and took > 0 else 0.0
-    if as_json:
-        ended = "length" if count == generate.room(opened, len(prompt), limit) else "eos"
-        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
-        times: dict[str, Any] = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
-        times |= {"lookup": asdict(counts)} if lookup else {}
-        print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
-        return
-    print(text.rest(), flush=True)
-    rate = f", {speed:.0f} tokens/s" if speed else ""
-    rate += f"; {counts.accepted} of {counts.drafted} drafted tokens accepted" if lookup else ""
-    print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s{rate})", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> int:
@@ -303,27 +258,51 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import chat, verify
+    from pipeline import answer, chat, verify
     from pipeline.generate import Sampling
 
-    _positive(options, "max_tokens", "threads")
+    _positive(options, "max_tokens", "threads", "thinking_budget")
     sampled = options.temperature != 0  # NaN is not 0 either
     sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    _check_thinking(options)
     if not options.trust:
         verify.check_runtime(verify.package(options.package))
     tokenizer = chat.load(options.package)
     system = [{"role": "system", "content": options.system}] if options.system else []
-    prompt = (
-        tokenizer.encode(text, special=False)
-        if options.raw
-        else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+    settings = answer.Settings(
+        options.max_tokens,
+        options.threads,
+        options.provider,
+        sampling,
+        options.lookup,
+        not options.raw and answer.splits(tokenizer),
+        options.thinking_budget,
+        options.json,
     )
-    given = options.threads, sampling, options.json, options.provider, options.lookup
-    _stream(options.package, prompt, options.max_tokens, *given)
+    if options.raw:
+        prompt = tokenizer.encode(text, special=False)
+    else:
+        variables = answer.thinking_variables(tokenizer, options.thinking)
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": text}], **variables)
+    answer.stream(options.package, tokenizer, prompt, settings)
     return 0
+
+
+def _check_thinking(options: argparse.Namespace) -> None:
+    """Refuse options that contradict one another, before anything is read."""
+    budget = options.thinking_budget is not None
+    if options.raw and (budget or options.thinking is not None):
+        raise UsageError("--raw has no chat template, which is what tells a model to think", fix="leave out --raw")
+    if budget and options.thinking is False:
+        raise UsageError("--no-thinking leaves nothing for a --thinking-budget", fix="leave out one of them")
+    if budget and options.lookup:
+        raise UsageError(
+            "--lookup drafts from what was said, and cannot end thoughts in between",
+            fix="leave out --lookup, or --thinking-budget",
+        )
 
 
 def bench(options: argparse.Namespace) -> int:

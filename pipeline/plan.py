@@ -50,11 +50,11 @@ STAGES: tuple[Stage, ...] = (
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
     Stage(
         "validate",
-        2,
+        3,
         ("checkpoint", "quantize", "compile"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 5, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 6, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
 )
 
 

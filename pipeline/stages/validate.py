@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
+from pipeline import chat, generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
@@ -22,6 +22,7 @@ from pipeline.recipe import Gates, Validate
 from pipeline.reference import Reference
 from pipeline.session import Session
 from pipeline.texts import Conversation
+from pipeline.thinking import VARIABLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -88,11 +89,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         report["finite"] = True
     shutil.rmtree(scratch, ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
-    conversations = texts.CONVERSATIONS[: spec.answers]
-    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
+    thinking = chat.load(package).takes(VARIABLE)
+    conversations = texts.conversations(thinking)
+    report |= _answers(torch_model, session, conversations[: spec.answers], spec.greedy_tokens, out_dir)
     progress(0.95, "tokenizer and chat template")
     report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
-    report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
+    report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, conversations)
+    report["chat_template"]["thinking"] = thinking
     report["gates"] = gates(report, spec.gates)
     report["passed"] = all(gate["passed"] for gate in report["gates"])
     text = json.dumps(report, indent=1, ensure_ascii=False)
@@ -215,10 +218,8 @@ def _answers(
     """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
     answers, golden = [], []
     for conversation in conversations:
-        tools = [dict(tool) for tool in conversation.tools] or None
-        prompt = torch_model.tokenizer.apply_chat_template(
-            [dict(message) for message in conversation.messages], tools=tools, add_generation_prompt=True, tokenize=True
-        )
+        messages, given = conversation.given()
+        prompt = torch_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **given)
         wanted, ended = torch_model.greedy(prompt, limit)
         longer = list(generate.stream(session, prompt, _RUNAWAY * limit if ended else limit))
         found = longer[: len(wanted)] if not ended else longer
