@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import GateError, QwenOnnxError, UsageError
+from pipeline.task import GENERATE
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
@@ -39,6 +40,8 @@ def build(options: argparse.Namespace) -> int:
     from pipeline import index, report, runner
 
     loaded, steps = _load(options.recipe)
+    if options.prompt and loaded.recipe.task != GENERATE:
+        raise UsageError(f"a package that can {loaded.recipe.task} answers no --prompt", fix="leave out --prompt")
     store = _open_store(options)
     reporter = report.reporter(options.json)
     try:
@@ -54,7 +57,8 @@ def build(options: argparse.Namespace) -> int:
         validation = json.loads(Path(error.where).read_bytes())
         if not options.json:
             print(report.validation(validation))
-        fix = tune.repair(loaded, store, validation) or error.fix
+        fix = tune.repair(loaded, store, validation) if loaded.recipe.task == GENERATE else ""
+        fix = fix or error.fix
         raise GateError(error.what, where=error.where, why=error.why, fix=fix) from None
     finally:
         reporter.close()
@@ -118,9 +122,11 @@ def plan(options: argparse.Namespace) -> int:
 def tune(options: argparse.Namespace) -> int:
     from pipeline import recipe, report, tune
 
-    _positive(options, "max_kl", "max_bytes", "min_decode_ratio")
+    check_positive(options, "max_kl", "max_bytes", "min_decode_ratio")
     out = options.out or options.recipe.with_name(f"{options.recipe.stem}-tuned.yaml")
     loaded = recipe.load(options.recipe)
+    if loaded.recipe.task != GENERATE:
+        raise UsageError(f"tune measures what a model generates, and this recipe's is to {loaded.recipe.task}")
     given = {key: getattr(options, key) for key in recipe.Objective.model_fields}
     if (options.min_decode_ratio or 0) > 1:
         raise UsageError("--min-decode-ratio is above 1", why="nothing is faster than each weight's fastest scheme")
@@ -234,20 +240,26 @@ def store_gc(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from pipeline import verify
+    from pipeline import retrieval_replay, verify
 
     manifest = verify.package(options.package)
     facts: dict[str, Any] = {"package": str(options.package), "name": manifest.data["name"], "digest": manifest.digest}
     facts["files"] = len(manifest.files) + 2
     if options.replay:
         facts["runtime"] = verify.check_runtime(manifest)
-        facts["replay"] = verify.replay(options.package, options.provider)
+        facts["replay"] = (
+            verify.replay(options.package, options.provider)
+            if manifest.generates
+            else verify.replay_retrieval(options.package)
+        )
     if options.json:
         print(json.dumps(facts))
         return 0
     print(f"{facts['name']}: {facts['files']} files are as built, configuration and external data are safe")
     print(f"digest {facts['digest']}")
-    if options.replay:
+    if options.replay and not manifest.generates:
+        print(f"replay with onnxruntime {facts['runtime']}: {retrieval_replay.told(facts['replay'])}")
+    elif options.replay:
         result = facts["replay"]
         print(
             f"replay with onnxruntime-genai {facts['runtime']} on {result['provider']}: {result['identical']} of "
@@ -258,18 +270,17 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import answer, chat, verify
+    from pipeline import answer, chat
     from pipeline.generate import Sampling
 
-    _positive(options, "max_tokens", "threads", "thinking_budget")
+    check_positive(options, "max_tokens", "threads", "thinking_budget")
     sampled = options.temperature != 0  # NaN is not 0 either
     sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
     _check_thinking(options)
-    if not options.trust:
-        verify.check_runtime(verify.package(options.package))
+    check_package(options, GENERATE)
     tokenizer = chat.load(options.package)
     system = [{"role": "system", "content": options.system}] if options.system else []
     settings = answer.Settings(
@@ -291,6 +302,25 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_package(options: argparse.Namespace, task: str) -> None:
+    """Verify a package, unless it is trusted, and refuse one that is for something else.
+
+    Raises:
+        PackageError, RuntimeMissing: as `verify.package` and `verify.check_runtime`.
+        UsageError: it is made for another task.
+    """
+    from pipeline import verify
+    from pipeline.artifact import MANIFEST, read_manifest
+
+    if not options.trust:
+        verify.check_runtime(verify.package(options.package))
+    if not (options.package / MANIFEST).is_file():  # trusted, and not yet a package
+        return
+    found = read_manifest(options.package).task
+    if found != task:
+        raise UsageError(f"{options.package} is a package to {found}, not to {task}", fix=f"use `qwen-onnx {found}`")
+
+
 def _check_thinking(options: argparse.Namespace) -> None:
     """Refuse options that contradict one another, before anything is read."""
     budget = options.thinking_budget is not None
@@ -306,9 +336,9 @@ def _check_thinking(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    from pipeline import bench, measured, peers, report, verify
+    from pipeline import bench, measured, peers, report
 
-    _positive(options, "rounds", "threads")
+    check_positive(options, "rounds", "threads")
     peers.check_names(options.against)
     first: Path = options.packages[0].resolve()
     out = options.out or measured.beside(first, "bench")
@@ -316,9 +346,8 @@ def bench(options: argparse.Namespace) -> int:
     paths = {path.resolve(): path for path in options.packages}
     names = [path.name for path in paths]
     packages = {str(given) if names.count(path.name) > 1 else path.name: given for path, given in paths.items()}
-    if not options.trust:
-        for path in packages.values():
-            verify.check_runtime(verify.package(path))
+    for path in packages.values():
+        check_package(argparse.Namespace(package=path, trust=options.trust), GENERATE)
     settings = bench.Settings(options.rounds, options.prefill, options.decode, options.threads or 0, options.quality)
     data = bench.measure(packages, options.against, settings, _open_store(options), _aside)
     bench.write(data, out)
@@ -332,10 +361,9 @@ def _aside(text: str) -> None:
 
 
 def attribute(options: argparse.Namespace) -> int:
-    from pipeline import attribution, files, measured, report, verify
+    from pipeline import attribution, files, measured, report
 
-    if not options.trust:
-        verify.check_runtime(verify.package(options.package))
+    check_package(options, GENERATE)
     reporter = report.reporter(options.json)
     try:
         found = attribution.attribute(
@@ -353,7 +381,7 @@ def attribute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(options: argparse.Namespace, *names: str) -> None:
+def check_positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:  # NaN is not positive either

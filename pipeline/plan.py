@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
 from pipeline.target import TARGETS, Target, file_problem
+from pipeline.task import EMBED, TASKS
 
 _GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
@@ -162,18 +163,20 @@ def shape_of(loaded: Loaded) -> Shape | None:
 
 def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     recipe = loaded.recipe
-    target = TARGETS[recipe.target]
+    target, task = TARGETS[recipe.target], TASKS[recipe.task]
+    # Not said of generation, which all steps are for unless they are told otherwise.
+    purpose = {} if task.generates else {"task": task.name}
     if stage == "checkpoint":
-        return _identity(loaded)
+        return {**_identity(loaded), **({"headless": True} if task.name == EMBED else {})}
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
         draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
         own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft}
-        return {**recipe.export.model_dump(mode="json"), **own, **npu}
+        return {**recipe.export.model_dump(mode="json"), **own, **npu, **purpose}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}
+        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it
@@ -183,7 +186,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
         soc = {"soc": recipe.npu.soc} if recipe.npu else {}
-        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here}
+        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here, **purpose}
     checkpoint = recipe.checkpoint
     return {
         "name": loaded.name,
@@ -203,13 +206,25 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "shapes": target.shapes,
             **({"soc": recipe.npu.soc} if recipe.npu else {}),
         },
-        "runtime": {
-            "name": target.runtime.package,
-            "minimum": target.runtime.minimum,
-            "install": _install(target),
-        },
-        "replay": asdict(target.replay),
+        "runtime": _runtime(target) if task.generates else _plain_runtime(),
+        "replay": asdict(target.replay) if task.generates else dict(task.tolerance),
+        **purpose,
         "max_file": target.max_file,
+    }
+
+
+def _runtime(target: Target) -> dict[str, str]:
+    runtime = target.runtime
+    return {"name": runtime.package, "minimum": runtime.minimum, "install": _install(target)}
+
+
+def _plain_runtime() -> dict[str, str]:
+    """What runs packages that generate nothing: the version that they were validated with, or a newer one."""
+    version = installed("onnxruntime")
+    return {
+        "name": "onnxruntime",
+        "minimum": version,
+        "install": f"pip install onnxruntime=={version} tokenizers numpy",
     }
 
 

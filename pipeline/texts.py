@@ -168,3 +168,25 @@ THINKING: tuple[Conversation, ...] = (
 def conversations(thinking: bool) -> tuple[Conversation, ...]:
     """What a model is asked; of one that can think and leave it, both first, since some recipes ask only a few."""
     return (*THINKING, *CONVERSATIONS) if thinking else CONVERSATIONS
+
+
+# What packages that embed or rank are measured with, in several languages; each query has its document, and none is
+# in the calibration text.
+QUERIES = (
+    "How do bees tell one another where the flowers are?",
+    "reverse a linked list without extra memory",
+    "为什么天空是蓝色的?",
+    "What is the derivative of x squared times the sine of x?",
+    "Wann wurde die Berliner Mauer gebaut?",
+    "recipe for bread without yeast",
+)
+DOCUMENTS = (
+    "A honeybee that has found food dances on the comb: the angle of its dance is that of the flowers and the sun.",
+    "def turn(node):\n    last = None\n    while node:\n        node.next, last, node = last, node, node.next",
+    "阳光穿过大气时,波长较短的蓝光比红光更容易被空气分子散射,所以我们从各个方向看到的天空都是蓝色的。",
+    "By the product rule, (x^2 sin x)' = 2x sin x + x^2 cos x.",
+    "In der Nacht zum 13. August 1961 begann die DDR, die Grenze zu den Westsektoren Berlins zu schließen.",
+    "Soda bread rises with baking soda and buttermilk: mix, shape a loaf, cut a cross into it, bake it.",
+    "The tram leaves every ten minutes on weekdays and every twenty minutes on Sundays.",
+    "A wasp builds its nest from wood that it chews to paper.",
+)

@@ -166,7 +166,8 @@ def _tokenizer(folder: Path, thinks: bool) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_TRAINING, trainer)
+    # Models that rank answer with one token, yes or no.
+    made.train_from_iterator([*_TRAINING, *["yes\nno"] * 20] if thinks else _TRAINING, trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=made,
         additional_special_tokens=special[1:],

@@ -22,7 +22,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Checkpoint.model_validate(step.context["checkpoint"], strict=False)
     source = checkpoint.fetch(spec, Path(step.context["downloads"]), base, lambda part, what: progress(part / 4, what))
     adapter = base / spec.adapter if spec.adapter else None
-    facts = checkpoint.prepare(source, adapter, out_dir, lambda part, what: progress((1 + 3 * part) / 4, what))
+    headless = step.fields.get("headless", False)
+    facts = checkpoint.prepare(
+        source, adapter, out_dir, lambda part, what: progress((1 + 3 * part) / 4, what), headless
+    )
     planned = step.fields.get("architecture") or {}
     wrong = [f"{key} is {facts.get(key)}, not {value}" for key, value in planned.items() if facts.get(key) != value]
     if wrong:
