@@ -30,6 +30,12 @@ _METRICS = {
     "greedy": "greedy agreement",
     "runaway_answers": "answers that do not end",
     "eos_mismatches": "end tokens that differ",
+    "cosine": "cosine with the reference’s vector, mean",
+    "min_cosine": "cosine with the reference’s vector, smallest",
+    "score_error": "difference from the reference’s score, largest",
+    "ranking": "pairs of documents in the reference’s order",
+    "batch_cosine": "cosine of a padded batch with its texts alone, smallest",
+    "batch_score_error": "difference of a padded batch from its texts alone",
     "tokenizer_mismatches": "tokenizer: unexplained differences",
     "chat_template_mismatches": "chat template: unexplained differences",
 }

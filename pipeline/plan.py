@@ -15,7 +15,7 @@ from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
 from pipeline.target import TARGETS, Target, file_problem
-from pipeline.task import EMBED, TASKS
+from pipeline.task import EMBED, TASKS, Task
 
 _GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
@@ -99,7 +99,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     for stage in stages:
         inputs = tuple(name for name in stage.inputs if name in steps)
         fields = _fields(stage.name, loaded)
-        tools = _tools(stage, target, found)
+        tools = _tools(stage, target, TASKS[recipe.task], found)
         if stage.name == "package":
             fields |= {"sha256": steps["checkpoint"].fields["sha256"]}
             fields |= {"tools": {**own, **found, "qwen-onnx": __version__}}
@@ -118,13 +118,16 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     return list(steps.values())
 
 
-def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
+def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
     """The versions that a step's result depends on."""
     if target.isolated and stage.name in ("export", "quantize"):
         return isolated.pins()
     plugin = target.runtime.plugin.partition("==")[0]
     more = (plugin,) if target.isolated and stage.name == "validate" else ()
-    return {name: found[name] for name in (*stage.tools, *more)}
+    names = (*stage.tools, *more)
+    if not task.generates and stage.name in ("validate", "package"):
+        names = tuple("onnxruntime" if name == "onnxruntime-genai" else name for name in names)
+    return {name: found[name] for name in names}
 
 
 def installed(name: str) -> str:

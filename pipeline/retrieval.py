@@ -18,6 +18,8 @@ from pipeline.artifact import is_file_name, read_json
 from pipeline.chat import Tokenizer
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 from pipeline.retrieval_replay import CONFIG
+from pipeline.session import available_threads
+from pipeline.task import TASKS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,6 +39,8 @@ _KEYS: dict[str, type] = {
     "forms": dict,
     "instruction": str,
 }
+
+_NAMED = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def encode(
     given = {"instruction": str(config["instruction"]), **texts}
     if empty := [name for name, text in given.items() if not text.strip()]:
         raise UsageError(f"the {empty[0]} is empty")
-    whole = re.sub(r"\{(\w+)\}", lambda match: given[match[1]], config["forms"][form])
+    whole = _NAMED.sub(lambda match: given[match[1]], config["forms"][form])
     body = tokenizer.encode(whole, special=False)
     before, after = config["before"], config["after"]
     room = int(config["context_length"]) - len(before) - len(after)
@@ -146,8 +150,18 @@ def _problems(config: Any) -> list[str]:
             found.append(f"`{name}` is no list of token ids")
     if not all(type(token) is int for token in config["labels"].values()):
         found.append("`labels` does not map to token ids")
-    if not all(isinstance(form, str) for form in config["forms"].values()):
-        found.append("`forms` does not map to texts")
+    task = TASKS.get(config["task"])
+    if task is None or task.generates:
+        return [*found, f"`task` is {config['task']!r}"]
+    forms = config["forms"]
+    if forms.keys() != task.forms.keys() or not all(isinstance(form, str) for form in forms.values()):
+        found.append(f"`forms` does not map {', '.join(task.forms)} to texts")
+    else:
+        pairs = ((form, set(_NAMED.findall(forms[name]))) for name, form in task.forms.items())
+        unknown = sorted(name for form, names in pairs for name in names.difference(_NAMED.findall(form)))
+        found += [f"`forms` names {{{name}}}, which nobody gives" for name in unknown]
+    if list(config["labels"]) != list(task.labels):
+        found.append(f"`labels` are not those of task {task.name}: {', '.join(task.labels) or 'none'}")
     if config["dimensions"] < 1 or config["context_length"] <= len(config["before"]) + len(config["after"]):
         found.append("`dimensions` or `context_length` is too small")
     return found
@@ -163,7 +177,7 @@ def open_package(package: Path, threads: int | None = None) -> Retriever:
     config = read_config(package)
     tokenizer = chat.load(package)
     try:
-        session = retrieval_replay.load(package, config, threads or 0)
+        session = retrieval_replay.load(package, config, threads or available_threads())
     except ImportError as error:
         raise RuntimeMissing("onnxruntime cannot be loaded", why=str(error), fix="pip install '.[serve]'") from None
     except Exception as error:  # the binding raises bare exceptions of the C++ side

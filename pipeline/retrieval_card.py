@@ -23,6 +23,7 @@ _WHAT = {
     "embed": "gives each text a vector of length 1",
     "rerank": "tells how relevant a document is to a query, in [0, 1]",
 }
+_MIXING = "Vectors of two packages are not quite the same: do not mix them in one index."
 
 
 def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: int) -> str:
@@ -91,7 +92,7 @@ def result(form, **texts):
 {_USE[task.name]}```
 
 Texts of a batch may be padded on either side: the graph reads `attention_mask`, takes each text's last token, and computes the
-result from that. Texts are at most {{context}} tokens long. Replace `config["instruction"]` by what your queries are for.
+result from that. Texts are at most {manifest["context_length"]:,} tokens long. Replace `config["instruction"]` by what your queries are for.
 {shorter}
 `replay.py` needs only onnxruntime: it computes the results of `golden.jsonl` again and says whether they are what was validated
 ({near}). With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too, and
@@ -111,8 +112,7 @@ Measured with onnxruntime {manifest["tools"]["onnxruntime"]} on {target["validat
 ## Limits
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
-for the texts they were measured on; measure on your own before you depend on them. Do not mix vectors of different packages in
-one index: they differ by more than one package's own do.
+for the texts they were measured on; measure on your own before you depend on them. {_MIXING if not task.labels else ""}
 
 ## Where it comes from
 
@@ -125,4 +125,4 @@ one index: they differ by more than one package's own do.
 | needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
-""".replace("{context}", f"{manifest['context_length']:,}")
+"""

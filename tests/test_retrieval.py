@@ -156,14 +156,14 @@ CONFIG: dict[str, Any] = {
     "labels": {"no": 1, "yes": 2},
     "before": [1, 2],
     "after": [3],
-    "forms": dict(TASKS["rerank"].forms) | {"short": "{query}|{document}"},
+    "forms": dict(TASKS["rerank"].forms),
     "instruction": "judge",
 }
 
 
-def encode(form: str = "short", truncate: bool = False, **given: str) -> list[int]:
+def encode(truncate: bool = False, **given: str) -> list[int]:
     tokenizer: Any = Letters()
-    return retrieval.encode(tokenizer, CONFIG, form, truncate, given)
+    return retrieval.encode(tokenizer, CONFIG | {"forms": {"pair": "{query}|{document}"}}, "pair", truncate, given)
 
 
 def test_texts_stand_in_their_form_whatever_they_say() -> None:
@@ -188,8 +188,12 @@ def test_a_text_that_is_too_long_is_refused_or_cut_at_its_end() -> None:
         ({"filename": "model.so"}, "no graph of the package"),
         ({"custom_ops_library": "x.so"}, "unknown key `custom_ops_library`"),
         ({"before": [1, -2]}, "`before` is no list of token ids"),
-        ({"labels": {"no": "1"}}, "`labels` does not map to token ids"),
-        ({"forms": {"pair": 1}}, "`forms` does not map to texts"),
+        ({"labels": {"no": "1", "yes": 2}}, "`labels` does not map to token ids"),
+        ({"labels": {"yes": 2, "no": 1}}, "`labels` are not those of task rerank: no, yes"),
+        ({"forms": {"pair": 1}}, "`forms` does not map pair to texts"),
+        ({"forms": {"query": "{query}"}}, "`forms` does not map pair to texts"),
+        ({"forms": {"pair": "{query}{secret}"}}, "names {secret}, which nobody gives"),
+        ({"task": "generate"}, "`task` is 'generate'"),
         ({"dimensions": 0}, "too small"),
         ({"context_length": True}, "`context_length` has the wrong type"),
         ({"output": None}, "`output` has the wrong type"),
