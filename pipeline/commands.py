@@ -240,7 +240,7 @@ def store_gc(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    from pipeline import retrieval_replay, verify
+    from pipeline import verify
 
     manifest = verify.package(options.package)
     facts: dict[str, Any] = {"package": str(options.package), "name": manifest.data["name"], "digest": manifest.digest}
@@ -258,6 +258,8 @@ def verify(options: argparse.Namespace) -> int:
     print(f"{facts['name']}: {facts['files']} files are as built, configuration and external data are safe")
     print(f"digest {facts['digest']}")
     if options.replay and not manifest.generates:
+        from pipeline import retrieval_replay
+
         print(f"replay with onnxruntime {facts['runtime']}: {retrieval_replay.told(facts['replay'])}")
     elif options.replay:
         result = facts["replay"]

@@ -267,6 +267,7 @@ def load(path: Path) -> Loaded:
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         findings += [_explain(item, document) for item in error.errors() if _is_own_fault(item, document)]
+    findings += [Finding(document.place(loc), text) for loc, text in _gate_findings(document)]
     if not document.refused:  # what could not be read may be what resolves a contradiction
         findings += [Finding(document.place(loc), text) for loc, text in _contradictions(document.value)]
     if findings:
@@ -408,10 +409,8 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
         yield from _window_contradictions(value)
-    if task := TASKS.get(str(value.get("task", GENERATE))):
-        yield from _gate_contradictions(task, value.get("validate"))
-        if not task.generates:
-            yield from _retrieval_contradictions(task, value, scheme)
+    if (task := TASKS.get(str(value.get("task", GENERATE)))) and not task.generates:
+        yield from _retrieval_contradictions(task, value, scheme)
     if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
             if source.type == "wheels" or (source.type == "hub" and source.file):
@@ -449,13 +448,17 @@ def _window_contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield ("validate", "decode_tokens"), text
 
 
-def _gate_contradictions(task: Task, section: Any) -> Iterator[tuple[Loc, str]]:
+def _gate_findings(document: Document) -> Iterator[tuple[Loc, str]]:
+    """Gates that the recipe's task needs, and gates of other tasks; what could not be read may be either."""
+    task, section = TASKS.get(str(document.value.get("task", GENERATE))), document.value.get("validate")
     gates = section.get("gates") if isinstance(section, dict) else None
-    if not isinstance(gates, dict):
+    unread = any(bad == ("validate", "gates")[: len(bad)] or bad == ("task",) for bad in document.refused)
+    if task is None or not isinstance(gates, dict) or unread:
         return
     for name in task.required:
-        if gates.get(name) is None:
-            yield ("validate", "gates", name), f"missing key `validate.gates.{name}`"
+        loc = ("validate", "gates", name)
+        if gates.get(name) is None and loc not in document.refused:
+            yield loc, f"missing key `validate.gates.{name}`"
     known = (*task.required, *task.optional)
     for name, bound in gates.items():
         if name in Gates.model_fields and name not in known and bound is not None:

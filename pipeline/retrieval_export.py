@@ -20,7 +20,7 @@ from pipeline import chat, graph
 from pipeline.errors import StageError
 from pipeline.external_data import read_tensor
 from pipeline.family import read_shape
-from pipeline.retrieval_replay import CONFIG
+from pipeline.retrieval_config import CONFIG
 from pipeline.task import Task
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, onnx_references, retrieval
+from pipeline import digest, onnx_references, retrieval_config
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, is_file_name, read_json, read_manifest
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
@@ -180,7 +180,7 @@ def check_settings(package: Path, manifest: Manifest) -> None:
     """
     if manifest.generates:
         check_config(package)
-    elif (found := retrieval.read_config(package)["task"]) != manifest.task:
+    elif (found := retrieval_config.read_config(package)["task"]) != manifest.task:
         raise PackageError(f"{MANIFEST} says that the package is to {manifest.task}, its configuration to {found!r}")
 
 
@@ -396,9 +396,9 @@ def replay_retrieval(package: Path) -> dict[str, Any]:
     Raises:
         PackageError, RuntimeMissing: as `replay`.
     """
-    from pipeline import retrieval_replay
+    from pipeline import retrieval, retrieval_replay
 
-    config = retrieval.read_config(package)
+    config = retrieval_config.read_config(package)
     try:
         entries = retrieval_replay.read(package / GOLDEN, config["dimensions"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:

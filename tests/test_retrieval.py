@@ -18,7 +18,19 @@ import numpy as np
 import pytest
 from test_gpu import run
 
-from pipeline import cli, graph, headless, plan, recipe, retrieval, retrieval_agreement, retrieval_replay, texts, verify
+from pipeline import (
+    cli,
+    graph,
+    headless,
+    plan,
+    recipe,
+    retrieval,
+    retrieval_agreement,
+    retrieval_config,
+    retrieval_replay,
+    texts,
+    verify,
+)
 from pipeline.artifact import GOLDEN, MANIFEST, VALIDATION, Artifact
 from pipeline.errors import CheckpointError, PackageError, UsageError
 from pipeline.retrieval import Retriever
@@ -200,11 +212,12 @@ def test_a_text_that_is_too_long_is_refused_or_cut_at_its_end() -> None:
     ],
 )
 def test_a_configuration_that_is_not_trusted_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    assert retrieval_config.CONFIG == retrieval_replay.CONFIG
     (tmp_path / retrieval_replay.CONFIG).write_text(json.dumps(CONFIG))
-    assert retrieval.read_config(tmp_path) == CONFIG
+    assert retrieval_config.read_config(tmp_path) == CONFIG
     (tmp_path / retrieval_replay.CONFIG).write_text(json.dumps(CONFIG | change))
     with pytest.raises(PackageError, match=re.escape(said)):
-        retrieval.read_config(tmp_path)
+        retrieval_config.read_config(tmp_path)
 
 
 GOOD = {"name": "a", "ids": [1, 2], "values": [0.5, 1]}

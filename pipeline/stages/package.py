@@ -22,6 +22,7 @@ from pipeline.artifact import (
     graph_files,
 )
 from pipeline.errors import StageError
+from pipeline.retrieval_config import CONFIG
 from pipeline.task import GENERATE, TASKS
 
 _LICENSES = Path(__file__).parent.parent / "data"
@@ -102,7 +103,7 @@ def _write_config(out_dir: Path, generation: Mapping[str, Any]) -> int:
 
 def _write_retrieval_config(out_dir: Path, generation: Mapping[str, Any]) -> int:
     """The same of packages that generate nothing: the longest text is all that there is to set."""
-    path = out_dir / retrieval_replay.CONFIG
+    path = out_dir / CONFIG
     config = json.loads(path.read_bytes())
     config["context_length"] = min(generation["context_length"] or config["context_length"], config["context_length"])
     path.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

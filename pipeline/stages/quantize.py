@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline import calibration, olive, openvino, quantizer, static_quantizer
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
-from pipeline.retrieval_replay import CONFIG
+from pipeline.retrieval_config import CONFIG
 from pipeline.scheme import Scheme
 from pipeline.task import GENERATE, TASKS
 
