@@ -88,11 +88,12 @@ def pool(model: onnx.ModelProto, folder: Path, output: str, labels: Sequence[int
     last = edit.add("GatherND", [hidden, position], "pooled", batch_dims=1)
     if labels:
         values = read_tensor(next(t for t in model.graph.initializer if t.name == weight), folder)
-        rows = edit.constant("labels", np.ascontiguousarray(values[:, list(labels)], np.float32))
-        edit.add("Gemm", [last, rows], output)
+        rows = edit.constant("rows", np.ascontiguousarray(values[:, list(labels)], np.float32))
+        edit.add("Gemm", [last, rows], "labels", output)
     else:
         length = edit.add("ReduceL2", [last, edit.constant("channels", np.array([-1]))], "length", keepdims=1)
-        edit.add("Div", [last, edit.add("Max", [length, edit.constant("least", np.float32(_SMALLEST))], "by")], output)
+        divisor = edit.add("Max", [length, edit.constant("least", np.float32(_SMALLEST))], "divisor")
+        edit.add("Div", [last, divisor], "normalized", output)
     _declare(model, output, len(labels) or _hidden(model))
     _drop_unused(model)
 
@@ -110,7 +111,7 @@ class _Edit:
     """Adds nodes at the beginning of a graph, and then at its end; their names and outputs start with a prefix."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
+        self.model = model
         self._at: int | None = 0
 
     def at_the_end(self) -> None:
@@ -120,16 +121,16 @@ class _Edit:
         import onnx
 
         full = f"{_PREFIX}/{name}"
-        self._model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), full))
+        self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), full))
         return full
 
-    def add(self, operator: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        """Returns the output: below the prefix, unless it is the graph's own (`sentence_embedding`, `logits`)."""
+    def add(self, operator: str, inputs: Sequence[str], name: str, output: str = "", **attributes: Any) -> str:
+        """Add a node; returns its output, below the prefix unless another name is given."""
         import onnx
 
-        output = name if operator in ("Gemm", "Div") else f"{_PREFIX}/{name}"
+        output = output or f"{_PREFIX}/{name}"
         node = onnx.helper.make_node(operator, inputs, [output], name=f"{_PREFIX}/{name}/{operator}", **attributes)
-        nodes = self._model.graph.node
+        nodes = self.model.graph.node
         nodes.insert(len(nodes) if self._at is None else self._at, node)
         self._at = None if self._at is None else self._at + 1
         return output
@@ -142,7 +143,7 @@ def _take_padding_from_the_left(edit: _Edit, attention: Sequence[onnx.NodeProto]
     """
     import onnx
 
-    model = edit._model
+    model = edit.model
     readers = [node for node in model.graph.node if "input_ids" in node.input]
     one, axis = edit.constant("one", np.array(1)), edit.constant("tokens", np.array([1]))
     count = edit.add("ReduceSum", ["attention_mask", axis], "count", keepdims=0)
