@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import digest
 from pipeline.errors import PackageError
+from pipeline.task import GENERATE, TASKS
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
@@ -135,6 +136,16 @@ class Manifest:
         return {name: (entry["size"], entry["sha256"]) for name, entry in self.data["files"].items()}
 
     @property
+    def task(self) -> str:
+        """What the package is for, see `pipeline.task`."""
+        return str(self.data.get("task", GENERATE))
+
+    @property
+    def generates(self) -> bool:
+        """Whether it generates text, and is run by onnxruntime-genai."""
+        return TASKS[self.task].generates
+
+    @property
     def digest(self) -> str:
         """sha256 over all entries: one value that names the package's contents."""
         return digest.of_value(dict(self.data))
@@ -223,6 +234,8 @@ def _schema_problem(data: Any) -> str:
     for key, kind in _REQUIRED.items():
         if not isinstance(data.get(key), kind):
             return f"`{key}` is missing or of the wrong type"
+    if data.get("task", GENERATE) not in TASKS:
+        return f"task {data['task']!r} is none of {', '.join(TASKS)}"
     if not data["name"].isprintable():  # it goes to terminals
         return f"name {data['name']!r} cannot be printed"
     return next(filter(None, (_entry_problem(name, entry) for name, entry in data["files"].items())), "")

@@ -79,7 +79,7 @@ minute, whether it computes what was validated: at least {manifest["replay"]["to
 within {manifest["replay"]["logprob"]:g} nats on average. With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too,
 and `qwen-onnx generate DIR --prompt "..."` answers.
 
-Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
+{_thinking(validation)}Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
 `qwen-onnx generate` takes them as plain text.
 
 ## How close it is to the original
@@ -132,6 +132,17 @@ def _extended(validation: Mapping[str, Any]) -> str:
     return f"""
 The context was extended from {facts["original"]} to {facts["context"]} tokens (YaRN): {known}. Scaled positions also change
 answers to short texts a little, in the original as here.
+"""
+
+
+def _thinking(validation: Mapping[str, Any]) -> str:
+    """What is particular to models that can think before they answer, and leave it."""
+    if not validation["chat_template"].get("thinking"):
+        return ""
+    return """The model thinks before it answers, between `<think>` and `</think>`, unless its chat template is told not to (`enable_thinking`),
+which the runtime's own renderer cannot do: render `chat_template.jinja` yourself, or use `qwen-onnx generate --no-thinking`. It shows
+thoughts apart from the answer, and `--thinking-budget N` ends them after N tokens. Leave thoughts out of earlier turns.
+
 """
 
 

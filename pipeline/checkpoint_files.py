@@ -7,12 +7,14 @@ import math
 import os
 import struct
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import digest, qwen1_layout, qwen1_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.family import Shape, read_shape
+from pipeline.headless import full_name
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,6 +28,11 @@ WIDTHS = {"BOOL": 1, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U1
     "U64": 8,
     **_FLOATS,
 }
+# How another library runs embedding models; what they say is in `pipeline.task`.
+_FOREIGN = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+# A name that only the classes without a head have, and what to do with a checkpoint of theirs.
+_EMBEDDING = "embed_tokens.weight"
+_NO_HEAD = "it has no head to generate with: if it is an embedding model, set `task: embed` in the recipe"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name → dtype and shape
 
 
@@ -37,7 +44,7 @@ def tree_digest(folder: Path) -> str:
 
 def is_part(name: str) -> bool:
     """Whether a file of that name is part of a checkpoint: weights, configuration, tokenizer, licence."""
-    return (
+    return name not in _FOREIGN and (
         name.endswith((".safetensors", ".json", ".jinja", ".tiktoken"))
         or name in ("merges.txt", "vocab.txt")
         or name.startswith(("LICENSE", "NOTICE"))
@@ -48,8 +55,11 @@ def parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_part(path.name) and path.is_file())
 
 
-def check_directory(folder: Path) -> dict[str, Any]:
+def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
     """Check a checkpoint; returns its `Shape` and the number of parameters as facts.
+
+    Args:
+        headless: whether it may lack a head, and the full names of weights (`pipeline.headless`).
 
     Raises:
         CheckpointError: it is damaged, unsafe, incomplete or of no supported family.
@@ -92,6 +102,9 @@ def check_directory(folder: Path) -> dict[str, Any]:
         if twice := sorted(more.keys() & tensors.keys()):
             raise CheckpointError(f"two shards have the tensor {twice[0]}", where=str(path), fix="fetch them again")
         tensors |= more
+    if headless:
+        tensors = {full_name(name): tensor for name, tensor in tensors.items()}
+        shape = replace(shape, tied=True)
     if convertible:
         as_qwen2 = qwen1_layout.as_qwen2(settings, str(config))
         _check_tensors(tensors, {name: dims for name, dims, _ in qwen1_layout.weights(as_qwen2)}, folder)
@@ -177,7 +190,7 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], folde
             "the weights are not those that config.json describes",
             where=str(folder),
             why="; ".join(wrong[:3]) + more,
-            fix="fetch the checkpoint again, or correct its config.json",
+            fix=_NO_HEAD if _EMBEDDING in tensors else "fetch the checkpoint again, or correct its config.json",
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, bench_loop, commands, model_commands
+from pipeline import __version__, bench_loop, commands, model_commands, retrieval_commands
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -162,6 +162,10 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--prompt", required=True, help="the text, or - for standard input")
     generate.add_argument("--system", help="system message")
     generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
+    text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
+    generate.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)
+    text = "end its thoughts after N tokens; they are shown on standard error, and apart with --json"
+    generate.add_argument("--thinking-budget", type=int, metavar="N", help=text)
     generate.add_argument("--max-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     generate.add_argument("--top-p", type=float, default=0.8, help="(default: %(default)s)")
@@ -174,6 +178,7 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
+    _retrieval_commands(root)
     _bench_command(root)
 
     report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
@@ -187,6 +192,30 @@ def _package_commands(root: Any) -> None:
 
     targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
     _json_option(targets)
+
+
+def _retrieval_commands(root: Any) -> None:
+    embed = _command(root, "embed", retrieval_commands.embed, "turn texts into vectors with a package that embeds")
+    embed.add_argument("package", type=Path)
+    text = "a document, as it is, or - for standard input; may be given again"
+    embed.add_argument("--text", action="append", default=[], help=text)
+    text = "a query, with the instruction before it; may be given again"
+    embed.add_argument("--query", action="append", default=[], metavar="TEXT", help=text)
+    text = "keep the first N dimensions, of models that were trained for it"
+    embed.add_argument("--dimensions", type=int, metavar="N", help=text)
+    rerank = _command(
+        root, "rerank", retrieval_commands.rerank, "score documents for a query with a package that ranks"
+    )
+    rerank.add_argument("package", type=Path)
+    rerank.add_argument("--query", required=True, metavar="TEXT")
+    text = "a document, or - for standard input; may be given again"
+    rerank.add_argument("--document", action="append", required=True, metavar="TEXT", help=text)
+    for parser in (embed, rerank):
+        parser.add_argument("--instruct", metavar="TEXT", help="what queries are for (default: to search the web)")
+        parser.add_argument("--truncate", action="store_true", help="cut what is longer than the model takes")
+        parser.add_argument("--threads", type=int, help="processor threads (default: all cores)")
+        parser.add_argument("--trust", action="store_true", help="skip the digests of a package verified before")
+        _json_option(parser)
 
 
 def _bench_command(root: Any) -> None:

@@ -31,6 +31,11 @@ class Family:
     title: str
     head_dim: int | None = None
 
+    @property
+    def headless(self) -> str:
+        """The transformers class without a head, which checkpoints of embedding models may name."""
+        return self.architecture.replace("ForCausalLM", "Model")
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -127,7 +132,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     architectures = config.get("architectures") or ([family.architecture] if family else [])
-    if family is None or architectures != [family.architecture]:
+    if family is None or architectures not in ([family.architecture], [family.headless]):
         known = "; ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
         raise CheckpointError(
             f"architecture {architectures} of model type {model_type!r} is not supported",

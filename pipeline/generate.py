@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,18 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
     return og.Generator(session.model, parameters)
 
 
-def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampling | None = None) -> Iterator[int]:
+def stream(
+    session: Session,
+    prompt: Sequence[int],
+    limit: int,
+    sampling: Sampling | None = None,
+    interrupt: Callable[[int], Sequence[int]] | None = None,
+) -> Iterator[int]:
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
+
+    Args:
+        interrupt: called with each token; what it returns follows then, whatever the model would say
+            (`pipeline.thinking.Budget`).
 
     Raises:
         UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context;
@@ -65,14 +76,27 @@ def stream(session: Session, prompt: Sequence[int], limit: int, sampling: Sampli
     limit = room(session, len(prompt), limit)
     generator = start(session, session.padded(len(prompt)) + limit, sampling)
     generator.append_tokens(np.asarray(prompt, np.int32))
+    forced: deque[int] = deque()
     for _ in range(limit):
+        if forced:
+            _force(generator, forced.popleft())
         generator.generate_next_token()
         token = int(generator.get_next_tokens()[0])
         if token in session.eos:
             return
         yield token
+        if interrupt is not None:
+            forced.extend(interrupt(token))
         if generator.is_done():
             return
+
+
+def _force(generator: Any, token: int) -> None:
+    """Make ``token`` the only choice for the next one: static models take no second append."""
+    logits = np.asarray(generator.get_logits(), np.float32)
+    logits[:] = -1e9
+    logits[..., token] = 0.0
+    generator.set_logits(logits)
 
 
 def room(session: Session, prompt: int, limit: int) -> int:

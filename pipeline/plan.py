@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
 from pipeline.target import TARGETS, Target, file_problem
+from pipeline.task import EMBED, TASKS, Task
 
 # Distributions that provide the same module for other hardware.
 _SAME = {
@@ -49,11 +50,11 @@ STAGES: tuple[Stage, ...] = (
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
     Stage(
         "validate",
-        2,
+        3,
         ("checkpoint", "quantize", "compile"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 5, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 6, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -106,7 +107,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     for stage in stages:
         inputs = tuple(name for name in stage.inputs if name in steps)
         fields = _fields(stage.name, loaded)
-        tools = _tools(stage, target, found)
+        tools = _tools(stage, target, TASKS[recipe.task], found)
         if stage.name == "package":
             fields |= {"sha256": steps["checkpoint"].fields["sha256"]}
             fields |= {"tools": {**own, **found, "qwen-onnx": __version__}}
@@ -130,13 +131,16 @@ def stages_of(target: Target) -> list[Stage]:
     return [stage for stage in STAGES if target.compiled or not stage.compiled]
 
 
-def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
+def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
     """The versions that a step's result depends on."""
     if target.isolated and stage.name in ("export", "quantize"):
         return isolated.pins()
     plugin = target.runtime.plugin.partition("==")[0]
     more = (plugin,) if target.isolated and stage.name == "validate" else ()
-    return {name: found[name] for name in (*stage.tools, *more)}
+    names = (*stage.tools, *more)
+    if not task.generates and stage.name in ("validate", "package"):
+        names = tuple("onnxruntime" if name == "onnxruntime-genai" else name for name in names)
+    return {name: found[name] for name in names}
 
 
 def installed(name: str) -> str:
@@ -184,18 +188,20 @@ def _context_length(recipe: Recipe) -> int | None:
 
 def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     recipe = loaded.recipe
-    target = TARGETS[recipe.target]
+    target, task = TARGETS[recipe.target], TASKS[recipe.task]
+    # Not said of generation, which all steps are for unless they are told otherwise.
+    purpose = {} if task.generates else {"task": task.name}
     if stage == "checkpoint":
-        return _identity(loaded)
+        return {**_identity(loaded), **({"headless": True} if task.name == EMBED else {})}
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
         draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
         own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft}
-        return {**recipe.export.model_dump(mode="json"), **own, **npu}
+        return {**recipe.export.model_dump(mode="json"), **own, **npu, **purpose}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}
+        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it
@@ -207,7 +213,7 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
         soc = {"soc": recipe.npu.soc} if recipe.npu else {}
-        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here}
+        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here, **purpose}
     checkpoint = recipe.checkpoint
     return {
         "name": loaded.name,
@@ -227,13 +233,25 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "shapes": target.shapes,
             **({"soc": recipe.npu.soc} if recipe.npu else {}),
         },
-        "runtime": {
-            "name": target.runtime.package,
-            "minimum": target.runtime.minimum,
-            "install": _install(target),
-        },
-        "replay": asdict(target.replay),
+        "runtime": _runtime(target) if task.generates else _plain_runtime(),
+        "replay": asdict(target.replay) if task.generates else dict(task.tolerance),
+        **purpose,
         "max_file": target.max_file,
+    }
+
+
+def _runtime(target: Target) -> dict[str, str]:
+    runtime = target.runtime
+    return {"name": runtime.package, "minimum": runtime.minimum, "install": _install(target)}
+
+
+def _plain_runtime() -> dict[str, str]:
+    """What runs packages that generate nothing: the version that they were validated with, or a newer one."""
+    version = installed("onnxruntime")
+    return {
+        "name": "onnxruntime",
+        "minimum": version,
+        "install": f"pip install onnxruntime=={version} tokenizers numpy",
     }
 
 

@@ -20,6 +20,7 @@ from pipeline.family import FAMILIES
 from pipeline.scheme import Frozen, Scheme, Whole
 from pipeline.strict_yaml import Document, Finding, Loc, nearest
 from pipeline.target import TARGETS, Target
+from pipeline.task import GENERATE, TASKS, Task
 
 _DIGEST = r"^[0-9a-f]{64}$"
 _REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
@@ -36,6 +37,8 @@ _IN_WORDS = {
 Sha256 = Annotated[str, Field(pattern=_DIGEST)]
 # A name becomes file and folder names, and an argument of commands.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Algorithms that have been tried on graphs without a head.
+_RETRIEVAL_ALGORITHMS = ("gptq", "min_error", "none")
 
 
 class HubSource(Frozen):
@@ -160,7 +163,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Gates(Frozen):
-    """What a package must reach; see `pipeline.metrics` for the definitions.
+    """What a package must reach; see `pipeline.metrics` for the definitions. `pipeline.task` says which a task has.
 
     Attributes:
         mean_kl, p99_kl: upper bounds in nats.
@@ -169,14 +172,21 @@ class Gates(Frozen):
         greedy: lower bound of the share of greedy tokens before the first divergence.
         runaway: how many answers may run on where the reference's end. A model that has lost its end token does so in
             all; one of 4 bits may, at a near tie, take another path in one, and repeat itself there.
+        cosine, min_cosine: lower bounds of the cosine of a vector with the reference's, on average and of the worst.
+        score_error: upper bound of the difference of a score, in [0, 1], from the reference's.
+        ranking: lower bound of the share of pairs of documents that both put in the same order.
     """
 
-    mean_kl: Positive
+    mean_kl: Positive | None = None
     p99_kl: Positive | None = None
-    top1: Share
-    perplexity_ratio: Positive
+    top1: Share | None = None
+    perplexity_ratio: Positive | None = None
     greedy: Share = 0.0
     runaway: Annotated[int, Field(ge=0)] = 0
+    cosine: Share | None = None
+    min_cosine: Share | None = None
+    score_error: Share | None = None
+    ranking: Share | None = None
 
 
 class Validate(Frozen):
@@ -223,9 +233,13 @@ class Objective(Frozen):
 
 
 class Recipe(Frozen):
-    """What is built: one checkpoint, one export, one scheme, one target, one set of gates."""
+    """What is built: one checkpoint, one export, one scheme, one target, one set of gates.
+
+    ``task`` is what the package is for: to generate text, to embed texts, or to rank documents for a query.
+    """
 
     description: str = ""
+    task: Literal["generate", "embed", "rerank"] = "generate"
     target: str
     checkpoint: Checkpoint
     architecture: Architecture | None = None
@@ -266,6 +280,7 @@ def load(path: Path) -> Loaded:
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         findings += [_explain(item, document) for item in error.errors() if _is_own_fault(item, document)]
+    findings += [Finding(document.place(loc), text) for loc, text in _gate_findings(document)]
     if not document.refused:  # what could not be read may be what resolves a contradiction
         findings += [Finding(document.place(loc), text) for loc, text in _contradictions(document.value)]
     if findings:
@@ -427,6 +442,8 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
         yield from _window_contradictions(value)
+    if (task := TASKS.get(str(value.get("task", GENERATE)))) and not task.generates:
+        yield from _retrieval_contradictions(task, value, scheme)
     if checkpoint := _typed(Checkpoint, value.get("checkpoint")):
         yield from _revision_contradictions(checkpoint)
     if checkpoint and checkpoint.sha256 is None:
@@ -474,6 +491,45 @@ def _window_contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     if (spec.decode_tokens or 0) >= spec.window_tokens:
         text = f"it must be less than the window of {spec.window_tokens} tokens, whose rest is prefilled"
         yield ("validate", "decode_tokens"), text
+
+
+def _gate_findings(document: Document) -> Iterator[tuple[Loc, str]]:
+    """Gates that the recipe's task needs, and gates of other tasks; what could not be read may be either."""
+    task, section = TASKS.get(str(document.value.get("task", GENERATE))), document.value.get("validate")
+    gates = section.get("gates") if isinstance(section, dict) else None
+    unread = any(bad == ("validate", "gates")[: len(bad)] or bad == ("task",) for bad in document.refused)
+    if task is None or not isinstance(gates, dict) or unread:
+        return
+    for name in task.required:
+        loc = ("validate", "gates", name)
+        if gates.get(name) is None and loc not in document.refused:
+            yield loc, f"missing key `validate.gates.{name}`"
+    known = (*task.required, *task.optional)
+    for name, bound in gates.items():
+        if name in Gates.model_fields and name not in known and bound is not None:
+            yield ("validate", "gates", name), f"`{name}` is no gate of task {task.name}; those are {', '.join(known)}"
+
+
+def _retrieval_contradictions(task: Task, value: dict[str, Any], scheme: Scheme | None) -> Iterator[tuple[Loc, str]]:
+    """What packages that generate nothing have no use for, or cannot be made with."""
+    export = _typed(Export, value.get("export", {}))
+    if value.get("target") in TARGETS and value["target"] != "cpu":
+        yield ("target",), f"packages that {task.name} are made for target cpu only, not for {value['target']}"
+    if export and export.exporter != "genai":
+        yield ("export", "exporter"), f"a graph that can {task.name} is made from the genai exporter's"
+    if export and export.draft_tokens:
+        yield ("export", "draft_tokens"), f"drafts are for generation: a package that can {task.name} has none"
+    if export and export.rotate and not task.labels:
+        yield ("export", "rotate"), "vectors would be turned too, and not compare with those of the original model"
+    if scheme is None:
+        return
+    if scheme.algorithm not in _RETRIEVAL_ALGORITHMS:
+        known = ", ".join(_RETRIEVAL_ALGORITHMS)
+        yield ("quantize", "algorithm"), f"task {task.name} takes {known}, not {scheme.algorithm}"
+    if scheme.head:
+        yield ("quantize", "head"), f"a package that can {task.name} has no head to quantize: remove `head`"
+    if scheme.embedding == "shared":
+        yield ("quantize", "embedding"), "there is no head to share with: use `float` or a scheme"
 
 
 def _choice(word: str, known: list[str]) -> str:

@@ -477,6 +477,15 @@ npu: {soc: sc8380xp, window: 32, cache: 256, share_weights: true}
 quantize: {algorithm: static, body: {bits: 8, block_size: -1}}
 """
 
+# Gates set to nothing are the base's, which are of generation.
+OTHER_GATES = "mean_kl: null, top1: null, perplexity_ratio: null"
+EMBEDDING = f"""\
+extends: _base.yaml
+task: embed
+validate: {{gates: {{{OTHER_GATES}, cosine: 0.999, min_cosine: 0.99, ranking: 0.9}}}}
+"""
+RANKING = EMBEDDING.replace("embed", "rerank").replace("cosine: 0.999, min_cosine: 0.99", "score_error: 0.1")
+
 
 def accepts(schema: dict[str, Any], value: Any, definitions: dict[str, Any]) -> bool:
     """The part of JSON schema that ours uses (no validator is installed)."""
@@ -505,10 +514,12 @@ def test_the_json_schema_knows_every_key_that_loads_and_no_other(tmp_path: Path)
     path = write(tmp_path, EVERYTHING)
     resolved = recipe.load(path).resolved
     compiled = recipe.load(write(tmp_path, COMPILED, "npu-int8.yaml")).resolved
-    unset = {name for name in schema["properties"] if name not in {**resolved, **compiled}}
+    embedding, ranking = (recipe.load(write(tmp_path, text)).resolved for text in (EMBEDDING, RANKING))
+    unset = {name for name in schema["properties"] if name not in {**resolved, **compiled, **embedding}}
     assert unset == {"extends"}
-    assert accepts(schema, compiled, schema["$defs"])
-    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED))
+    for value in (compiled, embedding, ranking):
+        assert accepts(schema, value, schema["$defs"])
+    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED + EMBEDDING + RANKING))
     named = {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]}
     assert named <= used
     assert accepts(schema, resolved, schema["$defs"])

@@ -122,7 +122,7 @@ def test_all_failures_are_told_together_with_advice_for_the_algorithm() -> None:
 def test_differences_of_the_served_tokenizer_are_never_excused() -> None:
     """What the runtime's own tokenizer is known for does not excuse ours, nor the runtime elsewhere."""
     for name in parity.KNOWN:
-        assert name in texts.TOKENIZER_PROBES or name in {entry.name for entry in texts.CONVERSATIONS}
+        assert name in texts.TOKENIZER_PROBES or name in {entry.name for entry in texts.conversations(True)}
         assert parity._reason("runtime", name)["reason"]
         assert parity._reason("served", name) == {}
     assert parity._reason("runtime", "plain") == {}

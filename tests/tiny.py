@@ -13,6 +13,7 @@ from typing import Any
 
 VOCABULARY = 512
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+THINK, THOUGHT = "<think>", "</think>"
 
 # Qwen's own pre-tokenization: words, single digits, punctuation, line ends, spaces.
 _SPLIT = (
@@ -50,13 +51,27 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 
+# As models do that think unless they are told not to: earlier turns lose their thoughts, and an empty block at the end
+# of the prompt stands for having thought already.
+THINKING_TEMPLATE = (
+    CHAT_TEMPLATE.replace(
+        "(message.content or '')",
+        "((message.content or '').split('</think>')[-1].lstrip('\\n') if message.role == 'assistant'"
+        " else message.content or '')",
+    ).removesuffix("{% endif %}\n")
+    + """\
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+)
+
 
 def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int = 0) -> Path:
     """Write a checkpoint of a few hundred kilobytes into ``folder`` and return it.
 
     Args:
         folder: created; gets config.json, generation_config.json, model.safetensors and the tokenizer's files.
-        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads).
+        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads, and which can think or not).
         tied: whether head and embedding are one matrix.
         seed: two calls with the same seed write the same bytes.
     """
@@ -64,7 +79,7 @@ def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, thinks=model_type == "qwen3")
     end, end_of_text = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -212,12 +227,23 @@ def tiktoken_file(tokens: list[bytes]) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, thinks: bool) -> Any:
     """Train a byte-level BPE tokenizer and save it as Qwen's class; any text encodes, for all bytes are in it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import Qwen2TokenizerFast
 
     special = [END_OF_TEXT, START, END]
+    plain = [THINK, THOUGHT] if thinks else []  # tokens of their own, and no control tokens
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -229,11 +255,12 @@ def _tokenizer(folder: Path) -> Any:
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(special),
+        vocab_size=VOCABULARY - len(special) - len(plain),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_TRAINING, trainer)
+    # Models that rank answer with one token, yes or no.
+    made.train_from_iterator([*_TRAINING, *["yes\nno"] * 20] if thinks else _TRAINING, trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=made,
         additional_special_tokens=special[1:],
@@ -241,7 +268,8 @@ def _tokenizer(folder: Path) -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     assert len(tokenizer) <= VOCABULARY
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE if thinks else CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -24,7 +24,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Checkpoint.model_validate(step.context["checkpoint"], strict=False)
     source = checkpoint.fetch(spec, Path(step.context["downloads"]), base, lambda part, what: progress(part / 4, what))
     adapter = base / spec.adapter if spec.adapter else None
-    facts = checkpoint.prepare(source, adapter, out_dir, lambda part, what: progress((1 + 3 * part) / 4, what))
+    headless = step.fields.get("headless", False)
+    facts = checkpoint.prepare(
+        source, adapter, out_dir, lambda part, what: progress((1 + 3 * part) / 4, what), headless
+    )
     config = json.loads((out_dir / "config.json").read_bytes())
     positions.check_context(config, step.context.get("context_length"), f"{source}: config.json")
     planned = step.fields.get("architecture") or {}

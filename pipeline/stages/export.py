@@ -14,6 +14,7 @@ from pipeline import (
     graph_weights,
     olive,
     reference,
+    retrieval_export,
     rotary,
     rotation,
     static_decoder,
@@ -24,6 +25,7 @@ from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
 from pipeline.reference import Reference
+from pipeline.task import GENERATE, TASKS
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
 SIDECARS = (
@@ -42,6 +44,8 @@ SIDECARS = (
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
     """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer files.
 
+    Graphs that generate nothing come with a ``retrieval.json`` instead.
+
     Raises:
         StageError: the exporter failed, or wrote something else.
         RecipeError: it does not take an option.
@@ -50,6 +54,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
     source = inputs["checkpoint"].path
+    task = TASKS[step.fields.get("task", GENERATE)]
     if spec.exporter == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
     olive.check_options(spec.exporter, spec.options, "export.options")
@@ -64,16 +69,20 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     exporter.EXPORTERS[spec.exporter](given, work, spec.options, step.fields["provider"], step.fields["dtype"])
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
+    if not task.generates:
+        config = retrieval_export.write_config(task, source, out_dir)
+        retrieval_export.pool(model, work, task.output, list(config["labels"].values()))
     inputs_before = graph.interface(model)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        if spec.last_token_head:
+        if spec.last_token_head and task.generates:
             graph.prune_head(model, 1 + (spec.draft_tokens or 0))
         scaled = rotary.scale_tables(model, source / "config.json")
         # GPUs' runtimes do not all fold constants, and there the tables are half as large.
         computed = step.fields["dtype"] == "float32" and rotary.compute_tables(model, work, source / "config.json")
         graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
-    shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
+    if task.generates:
+        shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)

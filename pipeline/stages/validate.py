@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import (
+    chat,
     generate,
     graph,
     long_context,
@@ -24,16 +25,19 @@ from pipeline import (
     positions,
     reference,
     replay,
+    retrieval_agreement,
     texts,
 )
 from pipeline import session as sessions
-from pipeline.agreement import Tally
+from pipeline.agreement import Tally, gate
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
 from pipeline.errors import GateError, StageError
 from pipeline.recipe import Gates, Validate
 from pipeline.reference import Reference
 from pipeline.session import Session
+from pipeline.task import GENERATE, TASKS
 from pipeline.texts import Conversation
+from pipeline.thinking import VARIABLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -61,16 +65,32 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Validate.model_validate(
         {key: step.fields[key] for key in Validate.model_fields if key in step.fields}, strict=False
     )
-    model = inputs.get("compile", inputs["quantize"])
-    package = model.path
+    task = TASKS[step.fields.get("task", GENERATE)]
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
-    execution = step.fields["execution"]
-    provider = "cpu" if execution["missing"] else ""
-    session = sessions.open_package(package, provider=provider)
     windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
-    extended = _extended(inputs["checkpoint"].path, session, spec)
-    report: dict[str, Any] = {
+    report = _header(step, inputs, len(windows), spec.window_tokens)
+    if task.generates:
+        report |= _generation(step, inputs, torch_model, spec, windows, out_dir, progress)
+        report["gates"] = gates(report, spec.gates)
+    else:
+        ids = [window.ids for window in windows]
+        found, golden = retrieval_agreement.measure(torch_model, inputs["quantize"].path, task, ids, progress)
+        _write_golden(golden, out_dir)
+        report |= {"task": task.name, **found}
+        bounds = spec.gates.model_dump(include={*task.required, *task.optional})
+        report["gates"] = retrieval_agreement.gates(report, bounds)
+    report["passed"] = all(gate["passed"] for gate in report["gates"])
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (out_dir / VALIDATION).write_text(text + "\n", encoding="utf-8")
+    facts = {"passed": report["passed"], **{path: report.get(path) for path in ("prefill", "decode")}}
+    return Result(facts, None if report["passed"] else _refusal(report, inputs["quantize"].facts).as_dict())
+
+
+def _header(step: Step, inputs: Mapping[str, Artifact], windows: int, tokens: int) -> dict[str, Any]:
+    """What is compared with what, where, and on which text."""
+    execution = step.fields["execution"]
+    return {
         "schema_version": 1,
         "reference": {
             "checkpoint": inputs["checkpoint"].digest,
@@ -78,7 +98,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "runtime": f"torch {step.tools['torch']}",
         },
         "candidate": {
-            "files": graph_files(model),
+            "files": graph_files(inputs.get("compile", inputs["quantize"])),
             "runtime": ", ".join(f"{name} {step.tools[name]}" for name in step.tools if name.startswith("onnxruntime")),
             "target": step.fields["target"],
             "provider": step.fields["provider"],
@@ -86,9 +106,24 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "device": execution["device"],
             "not_executed_on_target": execution["missing"],
         },
-        "text": {"sha256": step.fields["text"], "windows": len(windows), "window_tokens": spec.window_tokens},
-        **({"extended": extended} if extended else {}),
+        "text": {"sha256": step.fields["text"], "windows": windows, "window_tokens": tokens},
     }
+
+
+def _generation(
+    step: Step,
+    inputs: Mapping[str, Artifact],
+    torch_model: Reference,
+    spec: Validate,
+    windows: Sequence[Window],
+    out_dir: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What is measured of a package that generates text."""
+    package = inputs.get("compile", inputs["quantize"]).path
+    session = sessions.open_package(package, provider="cpu" if step.fields["execution"]["missing"] else "")
+    extended = _extended(inputs["checkpoint"].path, session, spec)
+    report: dict[str, Any] = {"extended": extended} if extended else {}
     scratch = out_dir.parent / "twin"
     try:
         if "compile" in inputs:
@@ -107,17 +142,14 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         report["finite"] = True
     shutil.rmtree(scratch, ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
-    conversations = texts.CONVERSATIONS[: spec.answers]
-    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
+    thinking = chat.load(package).takes(VARIABLE)
+    conversations = texts.conversations(thinking)
+    report |= _answers(torch_model, session, conversations[: spec.answers], spec.greedy_tokens, out_dir)
     progress(0.95, "tokenizer and chat template")
     report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
-    report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
-    report["gates"] = gates(report, spec.gates)
-    report["passed"] = all(gate["passed"] for gate in report["gates"])
-    text = json.dumps(report, indent=1, ensure_ascii=False)
-    (out_dir / VALIDATION).write_text(text + "\n", encoding="utf-8")
-    facts = {"passed": report["passed"], **{path: report.get(path) for path in ("prefill", "decode")}}
-    return Result(facts, None if report["passed"] else _refusal(report, inputs["quantize"].facts).as_dict())
+    report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, conversations)
+    report["chat_template"]["thinking"] = thinking
+    return report
 
 
 def _extended(checkpoint: Path, session: Session, spec: Validate) -> dict[str, int]:
@@ -265,10 +297,8 @@ def _answers(
     """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
     answers, golden = [], []
     for conversation in conversations:
-        tools = [dict(tool) for tool in conversation.tools] or None
-        prompt = torch_model.tokenizer.apply_chat_template(
-            [dict(message) for message in conversation.messages], tools=tools, add_generation_prompt=True, tokenize=True
-        )
+        messages, given = conversation.given()
+        prompt = torch_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **given)
         wanted, ended = torch_model.greedy(prompt, limit)
         longer = list(generate.stream(session, prompt, _RUNAWAY * limit if ended else limit))
         found = longer[: len(wanted)] if not ended else longer
@@ -286,13 +316,17 @@ def _answers(
         _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window)
         entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
         golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
-    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
+    _write_golden(golden, out_dir)
     mean = sum(answer["agreement"] for answer in answers) / len(answers)
     return {
         "greedy": {"tokens": limit, "agreement": round(mean, 4), "answers": answers},
         "eos": {"ids": sorted(session.eos), "reference_ids": sorted(torch_model.eos)},
     }
+
+
+def _write_golden(entries: Sequence[Mapping[str, Any]], out_dir: Path) -> None:
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
 
 
 def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
@@ -301,31 +335,25 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
     Returns:
         for each ``metric``, ``path``, ``value``, ``bound``, ``sense`` (max or min), ``passed``.
     """
-    found = [_gate("finite", "", float(report["finite"]), 1.0, "min")]
+    found = [gate("finite", "", float(report["finite"]), 1.0, "min")]
     for path in ("prefill", "decode") if report["finite"] else ():
         figures = report[path]
-        for metric in ("mean_kl", "p99_kl", "perplexity_ratio"):
+        for metric in ("mean_kl", "p99_kl", "perplexity_ratio", "top1"):
             bound = getattr(wanted, metric)
             if bound is not None:
-                found.append(_gate(metric, path, figures[metric], bound, "max"))
-        found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
-    if "long" in report:  # of so few tokens the mean alone says something
-        found.append(_gate("mean_kl", "long", report["long"]["mean_kl"], wanted.mean_kl, "max"))
-    found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
+                found.append(gate(metric, path, figures[metric], bound, "min" if metric == "top1" else "max"))
+    if "long" in report and wanted.mean_kl is not None:  # of so few tokens the mean alone says something
+        found.append(gate("mean_kl", "long", report["long"]["mean_kl"], wanted.mean_kl, "max"))
+    found.append(gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
     runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
-    found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
+    found.append(gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
-    found.append(_gate("eos_mismatches", "", missing_eos, 0, "max"))
+    found.append(gate("eos_mismatches", "", missing_eos, 0, "max"))
     for key in ("tokenizer", "chat_template"):
         for name in ("runtime", "served"):
             unexplained = [entry for entry in report[key][name] if "reason" not in entry]
-            found.append(_gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
+            found.append(gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
     return found
-
-
-def _gate(metric: str, path: str, value: float, bound: float, sense: str) -> dict[str, Any]:
-    passed = value <= bound if sense == "max" else value >= bound
-    return {"metric": metric, "path": path, "value": value, "bound": bound, "sense": sense, "passed": bool(passed)}
 
 
 def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateError:
@@ -335,17 +363,18 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
         f"the gate is {'at most' if gate['sense'] == 'max' else 'at least'} {gate['bound']:g}"
         for gate in failed
     ]
-    if not report["finite"]:
+    if "failure" in report:
         rows.insert(0, str(report["failure"]))
     advice = {
         "dynamic": "quantize.options: {reduce_range: true} avoids saturated sums on processors without VNNI; "
         "algorithm min_error with 8 bits keeps activations out of it",
+        "retrieval": "8 bits for model.layers.*.mlp.down_proj (an override), symmetric: false, or a smaller block_size",
         "nncf": "a smaller quantize.options.compress_config.ratio, or 8 bits",
         "rtn": "algorithm min_error at the same size, symmetric: false, a smaller block_size, "
         "or an override with 8 bits for model.layers.*.mlp.down_proj",
     }
     fix = advice.get(
-        str(quantized.get("algorithm")),
+        "retrieval" if "retrieval" in report else str(quantized.get("algorithm")),
         "more bits for the weights that lose most (`qwen-onnx tune`), symmetric: false, or a smaller block_size",
     )
     return GateError("the model does not reproduce its reference", why="; ".join(rows), fix=f"try {fix}")
