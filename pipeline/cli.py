@@ -131,11 +131,14 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--seed", type=int)
     text = "look drafts up in the prompt and verify many tokens at once: fast where an answer repeats it (greedy only)"
     generate.add_argument("--lookup", action="store_true", help=text)
+    text = "answer with a LoRA adapter of the package, by name, or with a file (….onnx_adapter) that `adapter` wrote"
+    generate.add_argument("--adapter", action="append", default=[], metavar="NAME", help=text)
     generate.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
     _provider_option(generate)
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
+    _adapter_command(root)
     _bench_command(root)
 
     report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
@@ -149,6 +152,18 @@ def _package_commands(root: Any) -> None:
 
     targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
     _json_option(targets)
+
+
+def _adapter_command(root: Any) -> None:
+    adapter = _command(
+        root, "adapter", commands.adapter, "convert a LoRA adapter for a package with slots, without building it again"
+    )
+    adapter.add_argument("package", type=Path)
+    adapter.add_argument("adapter", type=Path, metavar="PEFT_DIR", help="directory that peft saved")
+    adapter.add_argument("--name", required=True, help="how it is called")
+    adapter.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME.onnx_adapter)")
+    adapter.add_argument("--license", metavar="SPDX", help="identifier of its licence")
+    _json_option(adapter)
 
 
 def _bench_command(root: Any) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import GateError, QwenOnnxError, UsageError
 
 if TYPE_CHECKING:
+    from pipeline.adapter_files import Described
     from pipeline.artifact import Step
     from pipeline.generate import Sampling
     from pipeline.recipe import Loaded
@@ -98,13 +99,16 @@ def _stream(
     as_json: bool = False,
     provider: str = "",
     lookup: bool = False,
+    adapter: Path | None = None,
 ) -> None:
     """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
     import time
 
-    from pipeline import chat, generate, session, speculation
+    from pipeline import adapters, chat, generate, session, speculation
 
     opened = session.open_package(folder, threads, provider)
+    if adapter:
+        opened = adapters.activate(opened, adapter)
     counts = speculation.Counts()
     tokens = (
         speculation.stream(opened, prompt, limit, sampling, counts)
@@ -299,14 +303,22 @@ def verify(options: argparse.Namespace) -> int:
             f"{result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} tokens ranked first, "
             f"log-probabilities within {result['logprob']:.4f} nats on average"
         )
+        for name, part in result.get("adapters", {}).items():
+            print(f"with {name}: {part['identical']} of {part['prompts']} answers identical")
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import chat, verify
+    from pipeline import adapters, chat, verify
     from pipeline.generate import Sampling
 
     _positive(options, "max_tokens", "threads")
+    if len(options.adapter) > 1:
+        raise UsageError(
+            f"--adapter was given {len(options.adapter)} times",
+            why="of two adapters the runtime would compute a mixture",
+            fix="answer with one of them, or merge them before they are converted",
+        )
     sampled = options.temperature != 0  # NaN is not 0 either
     sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -314,6 +326,9 @@ def generate(options: argparse.Namespace) -> int:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
     if not options.trust:
         verify.check_runtime(verify.package(options.package))
+    adapter = adapters.find(options.package, options.adapter[0]) if options.adapter else None
+    if adapter and (not options.trust or adapter.parent.resolve() != options.package.resolve()):
+        adapters.check(options.package, adapter)
     tokenizer = chat.load(options.package)
     system = [{"role": "system", "content": options.system}] if options.system else []
     prompt = (
@@ -321,9 +336,44 @@ def generate(options: argparse.Namespace) -> int:
         if options.raw
         else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
     )
-    given = options.threads, sampling, options.json, options.provider, options.lookup
+    given = options.threads, sampling, options.json, options.provider, options.lookup, adapter
     _stream(options.package, prompt, options.max_tokens, *given)
     return 0
+
+
+def adapter(options: argparse.Namespace) -> int:
+    from pipeline import adapter_files, lora, verify
+
+    manifest = verify.package(options.package)
+    known = adapter_files.slots(options.package)
+    if not known:
+        raise UsageError(
+            f"{options.package} takes no adapters",
+            why="its graph has no slots",
+            fix="build it from a recipe with `adapters`; an empty mapping will do",
+        )
+    if not adapter_files.NAME.fullmatch(options.name) or options.name.endswith(adapter_files.ENDING):
+        raise UsageError(f"`{options.name}` cannot be the name of an adapter", why="names are letters, digits and ._-")
+    out = options.out or Path(f"{options.name}{adapter_files.ENDING}")
+    if out.suffix != adapter_files.ENDING or out.parent.resolve() == options.package.resolve():
+        raise UsageError(
+            f"the adapter cannot be written to {out}",
+            why=f"its name should end in {adapter_files.ENDING}, and a package is sealed",
+            fix="give another place with --out",
+        )
+    base = adapter_files.base_of(manifest)
+    described = lora.convert(options.adapter, options.package, known, out, options.name, base, options.license or "")
+    print(json.dumps({"file": str(out), **asdict(described)}) if options.json else _converted(out, described))
+    return 0
+
+
+def _converted(out: Path, described: Described) -> str:
+    trained = f", trained on {described.trained_on}" if described.trained_on else ""
+    return (
+        f"{out} and {out.name}.json: {len(described.ranks)} slots, largest rank {max(described.ranks.values())}{trained}\n"
+        "It fits by modules and shapes. Whether it was trained on this very checkpoint it cannot tell, and nothing was "
+        "measured:\nput it into the recipe to have it validated."
+    )
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ _METRICS = {
     "top1": "top-1 agreement",
     "greedy": "greedy agreement",
     "runaway_answers": "answers that do not end",
+    "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
     "tokenizer_mismatches": "tokenizer: unexplained differences",
     "chat_template_mismatches": "chat template: unexplained differences",

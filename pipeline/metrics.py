@@ -50,6 +50,19 @@ def negative_log_likelihood(log_probabilities: Floats, ids: Sequence[int]) -> np
     return result
 
 
+def reproduced(reference: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> float:
+    """How much of a change of the reference another model makes too: 1 all of it, 0 nothing of it, 2 twice as much.
+
+    It is the slope of the regression of the other's change on the reference's, over all positions and tokens.
+
+    Args:
+        reference, other: log-probabilities before and after the change.
+    """
+    wanted, found = (after - before for before, after in (reference, other))
+    energy = float((wanted * wanted).sum(dtype=np.float64))
+    return float((wanted * found).sum(dtype=np.float64)) / energy if energy else 0.0
+
+
 def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | None:
     """Index of the first token that differs (or exists in one only); ``None`` when both are equal."""
     for index, (left, right) in enumerate(zip(reference, other, strict=False)):

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
+from pipeline import __version__, checkpoint_files, digest, isolated, lora_files, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
@@ -29,7 +29,8 @@ Fields = Callable[[Loaded], dict[str, Any]]
 class Stage:
     """What is known of a stage before it runs; raise ``version`` when its code gives other results.
 
-    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time.
+    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time; an ``adapted``
+    one is for recipes with ``adapters``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     inputs: tuple[str, ...]
     tools: tuple[str, ...]
     compiled: bool = False
+    adapted: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -48,13 +50,21 @@ STAGES: tuple[Stage, ...] = (
         "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
+    # After quantization, which takes minutes and does not depend on adapters.
+    Stage(
+        "adapters",
+        1,
+        ("checkpoint", "quantize"),
+        ("onnx", "onnxruntime", "peft", "safetensors", "torch", "transformers"),
+        adapted=True,
+    ),
     Stage(
         "validate",
         2,
-        ("checkpoint", "quantize", "compile"),
+        ("checkpoint", "quantize", "compile", "adapters"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 5, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 6, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -88,7 +98,8 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=problem,
             fix="quantize to fewer bits, or choose a smaller model",
         )
-    stages = [stage for stage in STAGES if target.compiled or not stage.compiled]
+    adapted = recipe.adapters is not None
+    stages = [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
     names = {name for stage in stages for name in stage.tools}
     if target.isolated:
         names.add(target.runtime.plugin.partition("==")[0])
@@ -111,7 +122,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "tools": tools,
             }
         )
-        context = _context(loaded) if stage.name == "checkpoint" else {}
+        context = _context(stage.name, loaded)
         estimate = _estimate(stage.name, recipe, shape)
         steps[stage.name] = Step(stage.name, key, fields, inputs, tools, estimate, context)
     return list(steps.values())
@@ -163,8 +174,8 @@ def shape_of(loaded: Loaded) -> Shape | None:
 def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     recipe = loaded.recipe
     target = TARGETS[recipe.target]
-    if stage == "checkpoint":
-        return _identity(loaded)
+    if stage in ("checkpoint", "adapters"):
+        return _identity(loaded) if stage == "checkpoint" else _adapters(loaded)
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
@@ -228,7 +239,10 @@ def _published(resolved: dict[str, Any]) -> dict[str, Any]:
         {**source, "path": Path(source["path"]).name} if source.get("type") == "local" else source
         for source in checkpoint.get("sources", [])
     ]
-    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}}
+    adapters = resolved.get("adapters")
+    shown = {name: {**given, "path": Path(given["path"]).name} for name, given in (adapters or {}).items()}
+    more = {} if adapters is None else {"adapters": shown}
+    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}, **more}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
@@ -260,8 +274,23 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
     return identity
 
 
-def _context(loaded: Loaded) -> dict[str, Any]:
-    return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(loaded.path.parent.resolve())}
+def _context(stage: str, loaded: Loaded) -> dict[str, Any]:
+    base = loaded.path.parent.resolve()
+    if stage == "checkpoint":
+        return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(base)}
+    if stage == "adapters":
+        return {"folders": {name: str(base / given.path) for name, given in (loaded.recipe.adapters or {}).items()}}
+    return {}
+
+
+def _adapters(loaded: Loaded) -> dict[str, Any]:
+    """For each adapter its digest and licence; raises `CheckpointError` for one that cannot be kept apart."""
+    recipe, found = loaded.recipe, {}
+    for name, given in (recipe.adapters or {}).items():
+        folder = loaded.path.parent / given.path
+        lora_files.check(folder)
+        found[name] = {"sha256": lora_files.identity(folder), "license": given.license or recipe.checkpoint.license}
+    return {"adapters": found, "dtype": recipe.export.dtype or TARGETS[recipe.target].dtypes[0]}
 
 
 # What quantizing took of Qwen2.5-0.5B on two cores, by algorithm: memory beside 1 GB, in float32 weights (0: our own
@@ -307,9 +336,13 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
             int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
         ),
         "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
+        # Weights are linked where the disk can; a skeleton of the model and an adapter at a time are in memory.
+        "adapters": Estimate(_GB, packed, 10 + 5 * len(recipe.adapters or ())),
         # An emulated NPU takes minutes for what a processor does in seconds.
         "validate": Estimate(
-            weights + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)
+            weights + packed + 6 * window + 2 * _GB,
+            0,
+            20 + int((600 if recipe.npu else 50 + 30 * len(recipe.adapters or ())) * seconds),
         ),
         "package": Estimate(_GB, 2 * packed, 5),
     }

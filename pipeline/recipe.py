@@ -34,6 +34,7 @@ _IN_WORDS = {
 Sha256 = Annotated[str, Field(pattern=_DIGEST)]
 # A name becomes file and folder names, and an argument of commands.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class HubSource(Frozen):
@@ -145,6 +146,18 @@ class Npu(Frozen):
     share_weights: bool = False
 
 
+class Adapter(Frozen):
+    """A LoRA adapter that is kept apart from the weights.
+
+    Attributes:
+        path: directory that peft saved; relative paths start at the recipe's folder.
+        license: SPDX identifier, where it is not the checkpoint's.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    license: Annotated[str, Field(min_length=1)] | None = None
+
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -211,7 +224,11 @@ class Objective(Frozen):
 
 
 class Recipe(Frozen):
-    """What is built: one checkpoint, one export, one scheme, one target, one set of gates."""
+    """What is built: one checkpoint, one export, one scheme, one target, one set of gates.
+
+    ``adapters`` are LoRA adapters by name, each a file of the package that is loaded at run time; an empty mapping
+    makes a package that takes some later.
+    """
 
     description: str = ""
     target: str
@@ -220,6 +237,7 @@ class Recipe(Frozen):
     export: Export = Export()
     npu: Npu | None = None
     quantize: Scheme
+    adapters: dict[str, Adapter] | None = None
     validation: Annotated[Validate, Field(alias="validate")]
     generation: Generation = Generation()
     objective: Objective = Objective()
@@ -395,6 +413,9 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
         yield from _window_contradictions(value)
+    if isinstance(value.get("adapters"), dict):
+        yield from _adapter_name_problems(value["adapters"])
+        yield from _adapter_contradictions(value, target, scheme)
     if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
             if source.type == "wheels" or (source.type == "hub" and source.file):
@@ -406,6 +427,43 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
         elif export and export.exporter not in (*family.exporters, "static", "openvino"):
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+
+
+# Forms whose projections are products of floats beside which another one can be computed.
+_WITH_SLOTS = ("gptq", "min_error", "rtn", "k_quant", "none")
+
+
+def _adapter_name_problems(adapters: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Names that cannot be files of a package."""
+    seen: dict[str, str] = {}
+    for name in adapters:
+        if not _ADAPTER_NAME.fullmatch(name) or name.endswith(".onnx_adapter"):
+            text = "it becomes a file name: up to 64 letters, digits and `.`, `_`, `-`, a letter or digit first"
+            yield ("adapters", name), f"`{name}` cannot be the name of an adapter: {text}"
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            yield ("adapters", name), f"`{name}` and `{other}` are one file where case does not count"
+
+
+def _adapter_contradictions(
+    value: dict[str, Any], target: Target | None, scheme: Scheme | None
+) -> Iterator[tuple[Loc, str]]:
+    """What forbids to keep adapters apart from the weights."""
+    checkpoint, export = _typed(Checkpoint, value.get("checkpoint")), _typed(Export, value.get("export", {}))
+    if checkpoint and checkpoint.adapter:
+        text = "one adapter is merged into the checkpoint, and those kept apart were trained without it"
+        yield ("adapters",), f"{text}: remove `checkpoint.adapter` or `adapters`"
+    if export and export.rotate:
+        text = "a rotated model computes in another basis than its adapters, which would be wrong without a word"
+        yield ("adapters",), f"{text}: remove `export.rotate` or `adapters`"
+    extra = export.options.get("extra_options") if export else None
+    if isinstance(extra, dict) and extra.get("enable_cuda_graph"):
+        yield ("adapters",), "a CUDA graph repeats what was recorded, whatever the adapter: remove `enable_cuda_graph`"
+    if target and target.no_adapters:
+        yield ("adapters",), f"{target.name} takes no adapters: {target.no_adapters}. Merge one (`checkpoint.adapter`)"
+    elif scheme and scheme.algorithm not in _WITH_SLOTS:
+        text = f"{scheme.algorithm} multiplies in integers, beside which there is no place for adapters"
+        yield ("quantize", "algorithm"), f"{text}; there is with {', '.join(_WITH_SLOTS)}"
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:

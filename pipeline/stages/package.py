@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, html_report, replay, verify
+from pipeline import adapter_files, card, digest, html_report, replay, verify
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -19,6 +19,7 @@ from pipeline.artifact import (
     Progress,
     Result,
     Step,
+    candidate,
     graph_files,
 )
 from pipeline.errors import StageError
@@ -33,7 +34,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         StageError: the validation is of another model, or the licence text is missing.
         PackageError: the package fails its own verification.
     """
-    model, checkpoint, validated = inputs.get("compile", inputs["quantize"]), inputs["checkpoint"], inputs["validate"]
+    model, checkpoint, validated = candidate(inputs), inputs["checkpoint"], inputs["validate"]
     validation = json.loads((validated.path / VALIDATION).read_bytes())
     if not validation["passed"] or validation["candidate"]["files"] != graph_files(model):
         raise StageError("the model to be packaged is not the one that passed validation")
@@ -47,6 +48,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     _write_config(out_dir / "genai_config.json", step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
     manifest = _describe(step, inputs, validation["candidate"])
+    if "adapters" in inputs:
+        manifest["adapters"] = _adapters(model.path)
     size = sum(path.stat().st_size for path in out_dir.iterdir() if path.suffix in (".data", ".bin"))
     (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
     own = _own_text(checkpoint.path, "NOTICE")
@@ -64,6 +67,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
     verify.package(out_dir)
     return Result({"name": step.fields["name"], "weights": size, "files": len(sums) + 1})
+
+
+def _adapters(folder: Path) -> dict[str, Any]:
+    """What the manifest says of each adapter: what stands beside its file, in short."""
+    found = {}
+    for name in adapter_files.names(folder):
+        described = adapter_files.read_description(folder / f"{name}{adapter_files.ENDING}")
+        found[name] = {
+            "sha256": described.sha256,
+            "base": described.base,
+            "license": described.license,
+            "rank": max(described.ranks.values()),
+            "slots": len(described.ranks),
+        }
+    return found
 
 
 def _entry(path: Path) -> dict[str, Any]:

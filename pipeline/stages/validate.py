@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
+from pipeline import adapters, generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.agreement import Tally
-from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
+from pipeline.adapter_files import ENDING
+from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, candidate, graph_files
 from pipeline.errors import GateError, StageError
 from pipeline.recipe import Gates, Validate
 from pipeline.reference import Reference
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 # A package that answers this many times longer than a reference that came to an end has lost its end token.
 _RUNAWAY = 2
+# Each adapter is held against a window of each domain. How much of its effect the package shows is measured on the
+# beginnings of these: an adapter that is ignored gives 0, one that is scaled wrongly some other factor; rounding of the
+# weights moves it by hundredths.
+_ADAPTER_WINDOWS, _EFFECT_TOKENS = 4, 64
+_EFFECT = (0.7, 1.4)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Validate.model_validate(
         {key: step.fields[key] for key in Validate.model_fields if key in step.fields}, strict=False
     )
-    model = inputs.get("compile", inputs["quantize"])
+    model = candidate(inputs)
     package = model.path
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
@@ -75,21 +81,35 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         "text": {"sha256": step.fields["text"], "windows": len(windows), "window_tokens": spec.window_tokens},
     }
     scratch = out_dir.parent / "twin"
+    own = sorted(inputs["adapters"].facts["adapters"]) if "adapters" in inputs else []
+    conversations = texts.CONVERSATIONS[: spec.answers]
+    golden: list[dict[str, Any]] = []
     try:
         if "compile" in inputs:
             report |= _compiled_agreement(torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress)
         else:
-            whole = _whole_prompts(session, scratch)
-            report |= _agreement(torch_model, session, whole, windows, progress)
+            twin = _twin(session, scratch)
+            whole = _whole_prompts(twin)
+            part = 0.8 / (1 + len(own))
+            report |= _agreement(
+                torch_model, session, whole, windows, lambda done, what: progress(0.05 + part * done, what)
+            )
     except ValueError as error:
         report["finite"] = False
         report["failure"] = str(error)
     else:
         report["finite"] = True
-    shutil.rmtree(scratch, ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
-    conversations = texts.CONVERSATIONS[: spec.answers]
-    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
+    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, golden)
+    if own:
+        told = partial(progress, 0.85)
+        report["adapters"] = {
+            name: _adapter(torch_model, (session, twin), inputs["adapters"].path, name, windows, spec, golden, told)
+            for name in own
+        }
+    shutil.rmtree(scratch, ignore_errors=True)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
+    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
     progress(0.95, "tokenizer and chat template")
     report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
     report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
@@ -125,15 +145,21 @@ def cut(tokenizer: Any, count: int, length: int) -> list[Window]:
     return windows
 
 
-def _whole_prompts(session: Session, scratch: Path) -> Callable[[Sequence[int]], npt.NDArray[np.float32]]:
+def _whole_prompts(twin: Session) -> Callable[[Sequence[int]], npt.NDArray[np.float32]]:
     """What gives logits ``[T, V]`` for all tokens of a prompt at once."""
+    if replay.provider_of(twin.config) == "OpenVINO":
+        return partial(openvino.prompt_logits, twin.package)
+    return partial(generate.prefill_logits, twin)
+
+
+def _twin(session: Session, scratch: Path) -> Session:
+    """The package, or where its head sees the last token only, its twin whose head sees all of them."""
     if replay.provider_of(session.config) == "OpenVINO":
-        return partial(openvino.prompt_logits, session.package)
+        return session
     twin = _whole_prompt_twin(session.package, scratch)
     if twin == session.package:
-        return partial(generate.prefill_logits, session)
-    provider = "cpu" if session.provider == "cpu" else ""
-    return partial(generate.prefill_logits, sessions.open_package(twin, provider=provider))
+        return session
+    return sessions.open_package(twin, provider="cpu" if session.provider == "cpu" else "")
 
 
 def _whole_prompt_twin(package: Path, folder: Path) -> Path:
@@ -168,7 +194,7 @@ def _agreement(
     prefill, decode = Tally(), Tally()
     last_token_error = 0.0
     for index, window in enumerate(windows):
-        progress(0.05 + 0.8 * index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
+        progress(index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
         wanted = metrics.log_softmax(torch_model.logits(window.ids))
         found = whole(window.ids)
         prefill.add(window.domain, wanted, found, window.ids)
@@ -179,6 +205,50 @@ def _agreement(
         path: {**tally.figures(), "domains": {domain: tally.figures(domain) for domain in tally.domains}}
         for path, tally in (("prefill", prefill), ("decode", decode))
     } | {"last_token_prefill_error": round(last_token_error, 6)}
+
+
+def _adapter(
+    torch_model: Reference,
+    opened: tuple[Session, Session],
+    folder: Path,
+    name: str,
+    windows: Sequence[Window],
+    spec: Validate,
+    golden: list[dict[str, Any]],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Figures of the package with an adapter against the reference to which peft has applied it, and its answers.
+
+    ``effect`` tells how much of what the adapter changes in the reference it changes in the package: the divergence
+    alone would not tell a slight adapter from one that is ignored.
+
+    Args:
+        opened: the package, and its twin for whole prompts.
+        folder: of the stage that made the adapter's file.
+    """
+    file, few = folder / f"{name}{ENDING}", windows[:_ADAPTER_WINDOWS]
+    session, twin = (adapters.activate(entry, file) for entry in opened)
+    short = [window.ids[:_EFFECT_TOKENS] for window in few]
+    plain = [(torch_model.logits(ids), generate.prefill_logits(opened[1], ids)) for ids in short]
+    report: dict[str, Any] = {"windows": len(few)}
+    with reference.adapted(torch_model, folder / "peft" / name) as wanted:
+        try:
+            whole = partial(generate.prefill_logits, twin)
+            report |= _agreement(wanted, session, whole, few, lambda _, what: tell(f"{name}, {what}"))
+            changes = [
+                metrics.reproduced(
+                    (metrics.log_softmax(before), metrics.log_softmax(wanted.logits(ids))),
+                    (metrics.log_softmax(other), metrics.log_softmax(generate.prefill_logits(twin, ids))),
+                )
+                for ids, (before, other) in zip(short, plain, strict=True)
+            ]
+            report["effect"] = round(float(np.mean(changes)), 4)
+        except ValueError as error:
+            return {**report, "finite": False, "failure": str(error)}
+        tell(f"{name}, greedy answers")
+        conversations = texts.CONVERSATIONS[: spec.answers]
+        answers = _answers(wanted, session, conversations, spec.greedy_tokens, golden)
+    return {**report, "finite": True, "greedy": answers["greedy"]}
 
 
 def _compiled_agreement(
@@ -210,10 +280,14 @@ def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.flo
 
 
 def _answers(
-    torch_model: Reference, session: Session, conversations: Sequence[Conversation], limit: int, out_dir: Path
+    torch_model: Reference,
+    session: Session,
+    conversations: Sequence[Conversation],
+    limit: int,
+    golden: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
-    answers, golden = [], []
+    """Greedy answers of both to the same prompts, and whether they end; the package's are added to ``golden``."""
+    answers = []
     for conversation in conversations:
         tools = [dict(tool) for tool in conversation.tools] or None
         prompt = torch_model.tokenizer.apply_chat_template(
@@ -233,11 +307,11 @@ def _answers(
                 "answer": torch_model.tokenizer.decode(found),
             }
         )
-        _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window)
+        adapter = (session.adapters, session.adapter) if session.adapter else None
+        _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window, adapter)
         entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
+        entry |= {"adapter": session.adapter} if session.adapter else {}
         golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
-    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
     mean = sum(answer["agreement"] for answer in answers) / len(answers)
     return {
         "greedy": {"tokens": limit, "agreement": round(mean, 4), "answers": answers},
@@ -251,23 +325,35 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
     Returns:
         for each ``metric``, ``path``, ``value``, ``bound``, ``sense`` (max or min), ``passed``.
     """
-    found = [_gate("finite", "", float(report["finite"]), 1.0, "min")]
-    for path in ("prefill", "decode") if report["finite"] else ():
-        figures = report[path]
-        for metric in ("mean_kl", "p99_kl", "perplexity_ratio"):
-            bound = getattr(wanted, metric)
-            if bound is not None:
-                found.append(_gate(metric, path, figures[metric], bound, "max"))
-        found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
-    found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
-    runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
-    found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
+    found = _agreement_gates(report, wanted)
+    for name, figures in report.get("adapters", {}).items():
+        found += _agreement_gates(figures, wanted, f" with {name}")
+        if figures["finite"]:
+            for bound, sense in zip(_EFFECT, ("min", "max"), strict=True):
+                found.append(_gate("adapter_effect", name, figures["effect"], bound, sense))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
     found.append(_gate("eos_mismatches", "", missing_eos, 0, "max"))
     for key in ("tokenizer", "chat_template"):
         for name in ("runtime", "served"):
             unexplained = [entry for entry in report[key][name] if "reason" not in entry]
             found.append(_gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
+    return found
+
+
+def _agreement_gates(report: Mapping[str, Any], wanted: Gates, suffix: str = "") -> list[dict[str, Any]]:
+    """The gates on logits and answers, of the package or (``suffix``) of it with an adapter."""
+    found = [_gate("finite", suffix.strip(), float(report["finite"]), 1.0, "min")]
+    for path in ("prefill", "decode") if report["finite"] else ():
+        figures = report[path]
+        for metric in ("mean_kl", "p99_kl", "perplexity_ratio"):
+            bound = getattr(wanted, metric)
+            if bound is not None:
+                found.append(_gate(metric, f"{path}{suffix}", figures[metric], bound, "max"))
+        found.append(_gate("top1", f"{path}{suffix}", figures["top1"], wanted.top1, "min"))
+    if "greedy" in report:
+        found.append(_gate("greedy", f"decode{suffix}", report["greedy"]["agreement"], wanted.greedy, "min"))
+        runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
+        found.append(_gate("runaway_answers", f"decode{suffix}", runaway, wanted.runaway, "max"))
     return found
 
 
@@ -283,8 +369,9 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
         f"the gate is {'at most' if gate['sense'] == 'max' else 'at least'} {gate['bound']:g}"
         for gate in failed
     ]
-    if not report["finite"]:
-        rows.insert(0, str(report["failure"]))
+    for name, part in (("", report), *report.get("adapters", {}).items()):
+        if not part["finite"]:
+            rows.insert(0, f"{name}: {part['failure']}" if name else str(part["failure"]))
     advice = {
         "dynamic": "quantize.options: {reduce_range: true} avoids saturated sums on processors without VNNI; "
         "algorithm min_error with 8 bits keeps activations out of it",
