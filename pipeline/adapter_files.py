@@ -124,9 +124,9 @@ def read_description(file: Path) -> Described:
             raise ValueError(f"it is not of schema version {SCHEMA_VERSION}")
         described = Described(**data)
         texts = (value for key, value in data.items() if key != "ranks")
-        if not all(isinstance(text, str) and text.isprintable() for text in texts):
-            raise ValueError("a value is no line of text")
         ranks = described.ranks
+        if not all(isinstance(text, str) and text.isprintable() for text in (*texts, *ranks)):
+            raise ValueError("a value is no line of text")
         if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
             raise ValueError("a rank is no positive number")
     except FileNotFoundError:

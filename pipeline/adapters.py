@@ -1,7 +1,8 @@
 """Answering with an adapter: the one that a session's generators all have, from their first token on.
 
 The runtime lets a generator take several adapters, or one in the middle of an answer, and mixes what they compute
-without a word. Here a session has one adapter or none, and `pipeline.generate.start` activates it before a prompt is fed.
+without a word. Here a session has one adapter or none, and `pipeline.generate.start` activates it before a prompt is
+fed.
 """
 
 from __future__ import annotations

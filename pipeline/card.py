@@ -150,7 +150,7 @@ qwen-onnx installed, `qwen-onnx generate DIR --adapter {name} --prompt "..."` do
 
 Each was measured against the checkpoint in float32 with peft's own adapter, on the decode path:
 
-| adapter | largest rank | licence | mean KL | top-1 agreement | greedy agreement |
+| adapter | largest rank (those of q, k and v add up) | licence | mean KL | top-1 agreement | greedy agreement |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 

@@ -370,7 +370,8 @@ def adapter(options: argparse.Namespace) -> int:
 def _converted(out: Path, described: Described) -> str:
     trained = f", trained on {described.trained_on}" if described.trained_on else ""
     return (
-        f"{out} and {out.name}.json: {len(described.ranks)} slots, largest rank {max(described.ranks.values())}{trained}\n"
+        f"{out} and {out.name}.json: {len(described.ranks)} slots, largest rank {max(described.ranks.values())}"
+        f"{trained}\n"
         "It fits by modules and shapes. Whether it was trained on this very checkpoint it cannot tell, and nothing was "
         "measured:\nput it into the recipe to have it validated."
     )

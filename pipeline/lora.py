@@ -134,7 +134,7 @@ def _expected(adapter: Path, package: Path) -> tuple[dict[str, tuple[int, ...]],
 
     try:
         config = LoraConfig.from_pretrained(str(adapter), local_files_only=True)
-        config.init_lora_weights = False
+        config.init_lora_weights, config.base_model_name_or_path = False, None  # no values; no words about the name
         wrapped = get_peft_model(_skeleton(package), config, low_cpu_mem_usage=True)
         tensors = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:

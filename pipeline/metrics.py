@@ -51,16 +51,17 @@ def negative_log_likelihood(log_probabilities: Floats, ids: Sequence[int]) -> np
 
 
 def reproduced(reference: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> float:
-    """How much of a change of the reference another model makes too: 1 all of it, 0 nothing of it, 2 twice as much.
+    """How much of a change of the reference another model makes too: 1 exactly this change, 0 none or twice as much.
 
-    It is the slope of the regression of the other's change on the reference's, over all positions and tokens.
+    It is the coefficient of determination, over all positions and tokens: one less the energy of the difference between
+    the two changes over that of the reference's. A change in another direction makes it negative.
 
     Args:
         reference, other: log-probabilities before and after the change.
     """
     wanted, found = (after - before for before, after in (reference, other))
     energy = float((wanted * wanted).sum(dtype=np.float64))
-    return float((wanted * found).sum(dtype=np.float64)) / energy if energy else 0.0
+    return 1.0 - float(((found - wanted) ** 2).sum(dtype=np.float64)) / energy if energy else 0.0
 
 
 def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | None:

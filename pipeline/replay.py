@@ -260,7 +260,8 @@ def verdict(result: dict[str, Any], tolerance: dict[str, float]) -> str:
         whose = f" with {name}" if name else ""
         if part["top1"] < tolerance["top1"]:
             found.append(
-                f"{part['top1']:.1%} of golden tokens{whose} are ranked first, at least {tolerance['top1']:.0%} should be"
+                f"{part['top1']:.1%} of golden tokens{whose} are ranked first, "
+                f"at least {tolerance['top1']:.0%} should be"
             )
         if not part["logprob"] <= tolerance["logprob"]:
             found.append(

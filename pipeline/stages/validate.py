@@ -15,8 +15,8 @@ import numpy as np
 
 from pipeline import adapters, generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
 from pipeline import session as sessions
-from pipeline.agreement import Tally
 from pipeline.adapter_files import ENDING
+from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, candidate, graph_files
 from pipeline.errors import GateError, StageError
 from pipeline.recipe import Gates, Validate
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 # A package that answers this many times longer than a reference that came to an end has lost its end token.
 _RUNAWAY = 2
 # Each adapter is held against a window of each domain. How much of its effect the package shows is measured on the
-# beginnings of these: an adapter that is ignored gives 0, one that is scaled wrongly some other factor; rounding of the
-# weights moves it by hundredths.
+# beginnings of these. Of tiny models in 4 bits it is 0.93 to 0.99, however slight the effect; an adapter that is
+# ignored gives 0, another one in its place 0.55 at most, one that is scaled by half or one and a half 0.75.
 _ADAPTER_WINDOWS, _EFFECT_TOKENS = 4, 64
-_EFFECT = (0.7, 1.4)
+_EFFECT = 0.8
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _whole_prompt_twin(package: Path, folder: Path) -> Path:
     folder.mkdir()
     onnx.save(model, str(folder / "model.onnx"))
     for path in package.iterdir():
-        if path.name != "model.onnx":
+        if path.is_file() and path.name != "model.onnx":
             try:
                 os.link(path, folder / path.name)
             except OSError:  # a file system without hard links
@@ -329,8 +329,7 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
     for name, figures in report.get("adapters", {}).items():
         found += _agreement_gates(figures, wanted, f" with {name}")
         if figures["finite"]:
-            for bound, sense in zip(_EFFECT, ("min", "max"), strict=True):
-                found.append(_gate("adapter_effect", name, figures["effect"], bound, sense))
+            found.append(_gate("adapter_effect", name, figures["effect"], _EFFECT, "min"))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
     found.append(_gate("eos_mismatches", "", missing_eos, 0, "max"))
     for key in ("tokenizer", "chat_template"):
@@ -383,4 +382,6 @@ def _refusal(report: Mapping[str, Any], quantized: Mapping[str, Any]) -> GateErr
         str(quantized.get("algorithm")),
         "more bits for the weights that lose most (`qwen-onnx tune`), symmetric: false, or a smaller block_size",
     )
+    if {gate["metric"] for gate in failed} == {"adapter_effect"}:  # more bits would not help
+        fix = "an adapter that was trained on this checkpoint, and report this if it was"
     return GateError("the model does not reproduce its reference", why="; ".join(rows), fix=f"try {fix}")
