@@ -74,16 +74,17 @@ def inputs(data: bytes) -> dict[str, tuple[int, tuple[int, ...]]]:
     """
     found = {}
     for value in _inside(memoryview(data), _GRAPH, _INPUT):
-        name = b"".join(bytes(part) for part in _inside(value, _VALUE_NAME)).decode("utf-8")
-        kinds = _inside(value, _VALUE_TYPE, _TENSOR_TYPE)
-        kind = next((number for part in kinds for field, number in _fields(part) if field == _ELEMENT), 0)
-        dims = [_dimension(dim) for part in kinds for dim in _inside(part, _SHAPE, _DIM)]
-        found[name] = (kind if isinstance(kind, int) else 0, tuple(dims))
+        names, kinds = _inside(value, _VALUE_NAME), _inside(value, _VALUE_TYPE, _TENSOR_TYPE)
+        kind = [_integer(part, _ELEMENT, 0) for part in kinds]
+        dims = [_integer(dim, _DIM_VALUE, -1) for part in kinds for dim in _inside(part, _SHAPE, _DIM)]
+        found[bytes(names[-1]).decode("utf-8") if names else ""] = (kind[-1] if kind else 0, tuple(dims))
     return found
 
 
-def _dimension(data: memoryview) -> int:
-    return next((value for field, value in _fields(data) if field == _DIM_VALUE and isinstance(value, int)), -1)
+def _integer(data: memoryview, wanted: int, missing: int) -> int:
+    """A number field, of which the last one counts."""
+    values = [value for field, value in _fields(data) if field == wanted and isinstance(value, int)]
+    return values[-1] if values else missing
 
 
 def _inside(data: memoryview, *wanted: int) -> list[memoryview]:

@@ -60,7 +60,7 @@ def refusal(path: Path) -> list[str]:
 WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "unknown key": ("descripton: x", [("cpu-int4.yaml:2: unknown key `descripton`", "did you mean `description`?")]),
     "misspelt extends": ("extend: x", [("cpu-int4.yaml:2: unknown key `extend`", "did you mean `extends`?")]),
-    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: architecture, checkpoint,")]),
+    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: adapters, architecture,")]),
     "unknown nested key": (
         "validate:\n  gates:\n    mean_lk: 0.1",
         [("cpu-int4.yaml:4: unknown key `validate.gates.mean_lk`", "did you mean `mean_kl`?")],
