@@ -197,5 +197,5 @@ def test_inputs_have_the_types_and_dimensions_that_the_library_sees() -> None:
     ]
     data = helper.make_model(helper.make_graph([], "g", given, [])).SerializeToString()
     assert onnx_references.inputs(data) == {"a": (1, (3, -1)), "b": (10, (-1, 300)), "c": (7, ()), "d": (7, ())}
-    with pytest.raises(ValueError, match="not of an ONNX model|of no field|longer than"):
+    with pytest.raises(ValueError, match=r"not of an ONNX model|of no field|longer than"):
         onnx_references.inputs(b"\xff" * 20)
