@@ -50,18 +50,18 @@ def negative_log_likelihood(log_probabilities: Floats, ids: Sequence[int]) -> np
     return result
 
 
-def reproduced(reference: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> float:
-    """How much of a change of the reference another model makes too: 1 exactly this change, 0 none or twice as much.
+def change_products(reference: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> tuple[float, float]:
+    """The product of a change of the reference with the change of another model, and with itself.
 
-    It is the coefficient of determination, over all positions and tokens: one less the energy of the difference between
-    the two changes over that of the reference's. A change in another direction makes it negative.
+    Summed over texts, the first over the second is the slope of the regression of the other's change on the
+    reference's: 1 where it is this change, 0 where there is none, 2 where it is twice as large. Noise that does not
+    depend on the change leaves it alone.
 
     Args:
         reference, other: log-probabilities before and after the change.
     """
     wanted, found = (after - before for before, after in (reference, other))
-    energy = float((wanted * wanted).sum(dtype=np.float64))
-    return 1.0 - float(((found - wanted) ** 2).sum(dtype=np.float64)) / energy if energy else 0.0
+    return float((wanted * found).sum(dtype=np.float64)), float((wanted * wanted).sum(dtype=np.float64))
 
 
 def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | None:

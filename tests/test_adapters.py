@@ -206,43 +206,57 @@ def test_slots_are_no_weights_to_be_quantized(made: dict[str, tuple[Path, Path]]
 
 
 @pytest.mark.slow
-def test_validation_notices_an_adapter_that_is_ignored_or_another_one(
-    made: dict[str, tuple[Path, Path]], checkpoint_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_validation_notices_an_adapter_that_is_ignored_or_is_another_one_however_slight(
+    made: dict[str, tuple[Path, Path]],
+    checkpoint_of: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Gates on divergence alone would let a slight adapter be ignored: here they are as wide as can be."""
     from pipeline.stages import validate
 
-    package = made["float"][1]
-    opened = sessions.open_package(package, 1)
-    torch_model = reference.load(checkpoint_of("qwen2"))
-    spec = recipe.Validate.model_validate(
-        {"greedy_tokens": 2, "answers": 1, "gates": {"mean_kl": 1e9, "top1": 0.0, "perplexity_ratio": 1e9}}
-    )
-    windows = [validate.Window("code", IDS)]
+    checkpoint = checkpoint_of("qwen2")
+    saved = {name: adapter_of(checkpoint, tmp_path / name, 0.01, **spec) for name, spec in ADAPTERS.items()}
+    slight = _adapt(made["int4"][0], saved, tmp_path / "slight")
+    torch_model, activate = reference.load(checkpoint), adapters.activate
+    gates = {"mean_kl": 0.3, "top1": 0.7, "perplexity_ratio": 1.5}
+    spec = recipe.Validate.model_validate({"greedy_tokens": 2, "answers": 1, "gates": gates})
+    windows = [validate.Window("code", IDS), validate.Window("math", IDS[::-1])]
 
-    def failed() -> set[str]:
-        given = (opened, opened), package, "first", windows, spec, []
-        found = validate._adapter(torch_model, *given, lambda _: None)
-        gates = validate._agreement_gates(found, spec.gates, " with first")
-        gates.append(validate._gate("adapter_effect", "first", found["effect"], validate._EFFECT, "min"))
-        return {gate["metric"] for gate in gates if not gate["passed"]}
+    def failed(package: Path) -> set[tuple[str, str]]:
+        opened = sessions.open_package(package, 1)
+        found = validate._adapter(torch_model, (opened, opened), package, "first", windows, spec, [], lambda _: None)
+        rest = {"finite": True, "prefill": found["prefill"], "decode": found["decode"], "greedy": found["greedy"]}
+        same = {"eos": {"ids": [], "reference_ids": []}, **{key: {"runtime": [], "served": []} for key in PARITY}}
+        every = validate.gates({**rest, **same, "adapters": {"first": found}}, spec.gates)
+        return {(gate["metric"], gate["sense"]) for gate in every if not gate["passed"]}
 
-    assert failed() == set()
-    real = adapters.activate
+    loud = made["int4"][1]
+    assert failed(loud) == failed(slight) == set()
     monkeypatch.setattr(adapters, "activate", lambda session, _: session)
-    assert failed() == {"adapter_effect"}
-    # The other adapter in its place.
-    monkeypatch.setattr(adapters, "activate", lambda session, _: real(session, _file(package, "second")))
-    assert failed() == {"adapter_effect"}
+    assert failed(slight) == {("adapter_effect", "min")}
+    assert {("adapter_effect", "min"), ("mean_kl", "max")} <= failed(loud)
+    monkeypatch.setattr(adapters, "activate", lambda session, _: activate(session, _file(session.package, "second")))
+    assert failed(slight) == {("adapter_effect", "min")}
+    assert ("mean_kl", "max") in failed(loud)
+
+    monkeypatch.setattr(adapters, "activate", activate)
+    path = slight / "peft" / "first" / "adapter_config.json"
+    config = json.loads(path.read_bytes())
+    for factor, sense in ((2, "min"), (0.5, "max")):  # the reference's scale is another one than the package's
+        changed = {"lora_alpha": factor * config["lora_alpha"], "alpha_pattern": {}}
+        path.write_text(json.dumps({**config, **changed}))
+        assert failed(slight) == {("adapter_effect", sense)}
+
+
+PARITY = ("tokenizer", "chat_template")
 
 
 def test_how_much_of_a_change_is_reproduced() -> None:
     random = np.random.default_rng(0)
     before, other, change = (random.standard_normal((5, 9)).astype(np.float32) for _ in range(3))
-    for share, told in ((0.0, 0.0), (1.0, 1.0), (2.0, 0.0), (0.5, 0.75), (-1.0, -3.0)):
-        found = metrics.reproduced((before, before + change), (other, other + share * change))
-        assert found == pytest.approx(told, abs=1e-5)
-    assert metrics.reproduced((before, before), (other, other + change)) == 0.0
+    for share in (0.0, 1.0, 2.0, -0.5):
+        same, energy = metrics.change_products((before, before + change), (other, other + share * change))
+        assert same / energy == pytest.approx(share, abs=1e-5)
 
 
 # --- What cannot be kept apart is refused before anything is loaded.
