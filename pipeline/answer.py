@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import generate, session, speculation
+from pipeline import adapters, generate, session, speculation
 from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.generate import Sampling
@@ -27,6 +27,7 @@ class Settings:
         split: tell thoughts from the answer.
         budget: tokens after which thoughts are ended.
         as_json: one object a token, and one at the end.
+        adapter: file of a LoRA adapter.
     """
 
     limit: int
@@ -37,6 +38,7 @@ class Settings:
     split: bool = False
     budget: int | None = None
     as_json: bool = False
+    adapter: Path | None = None
 
 
 def thinking_variables(tokenizer: Tokenizer, wanted: bool | None) -> dict[str, Any]:
@@ -71,6 +73,8 @@ def stream(folder: Path, tokenizer: Tokenizer, prompt: Sequence[int], settings: 
     inside = settings.split and is_open(tokenizer.decode(prompt[-16:], skip_special=False))
     budget = _budget(tokenizer, settings, inside)
     opened = session.open_package(folder, settings.threads, settings.provider)
+    if settings.adapter:
+        opened = adapters.activate(opened, settings.adapter)
     counts = speculation.Counts()
     if settings.lookup:
         tokens = speculation.stream(opened, prompt, settings.limit, settings.sampling, counts)

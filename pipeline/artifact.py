@@ -106,9 +106,14 @@ class Artifact:
 
 
 def graph_files(artifact: Artifact) -> dict[str, str]:
-    """Relative path → sha256 of an artifact's graphs and weights."""
-    endings = (".onnx", ".data", ".bin", ".xml")
+    """Relative path → sha256 of an artifact's graphs, weights and adapters."""
+    endings = (".onnx", ".data", ".bin", ".xml", ".onnx_adapter")
     return {name: sha256 for name, (_, sha256) in artifact.files.items() if name.endswith(endings)}
+
+
+def candidate(inputs: Mapping[str, Artifact]) -> Artifact:
+    """Of a stage's inputs the one that is to be shipped: the last one that has graphs."""
+    return next(inputs[name] for name in ("compile", "adapters", "quantize") if name in inputs)
 
 
 @dataclass(frozen=True)

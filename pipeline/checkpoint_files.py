@@ -18,7 +18,7 @@ from pipeline.headless import full_name
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ADAPTER, _ADAPTER_CONFIG = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # A shard of a thousand tensors has 100 kB of header; the format's own limit of 100 MB would cost a gigabyte to parse.
 _MAX_JSON = 16_000_000
 _MAX_TOKENIZER = 64_000_000
@@ -303,7 +303,12 @@ def check_adapter(adapter: Path) -> Tensors:
             why=f"it has {', '.join(unsafe)}: loading a pickle runs its code" if unsafe else "",
             fix="save it as safetensors where you trust it",
         )
-    kind = _read_json(adapter / _ADAPTER_CONFIG, _MAX_JSON).get("peft_type")
+    kind = adapter_settings(adapter).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"the adapter is {kind!r}, not LORA", where=str(adapter / _ADAPTER_CONFIG))
     return read_tensors(adapter / _ADAPTER)
+
+
+def adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The content of an adapter's ``adapter_config.json``."""
+    return _read_json(adapter / _ADAPTER_CONFIG, _MAX_JSON)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, bench_loop, commands, model_commands, retrieval_commands
+from pipeline import __version__, adapter_commands, bench_loop, commands, model_commands, retrieval_commands
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -173,12 +173,15 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--seed", type=int)
     text = "look drafts up in the prompt and verify many tokens at once: fast where an answer repeats it (greedy only)"
     generate.add_argument("--lookup", action="store_true", help=text)
+    text = "answer with a LoRA adapter of the package, by name, or with a file (….onnx_adapter) that `adapter` wrote"
+    generate.add_argument("--adapter", action="append", default=[], metavar="NAME", help=text)
     generate.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
     _provider_option(generate)
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
     _retrieval_commands(root)
+    _adapter_command(root)
     _bench_command(root)
 
     report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
@@ -216,6 +219,21 @@ def _retrieval_commands(root: Any) -> None:
         parser.add_argument("--threads", type=int, help="processor threads (default: all cores)")
         parser.add_argument("--trust", action="store_true", help="skip the digests of a package verified before")
         _json_option(parser)
+
+
+def _adapter_command(root: Any) -> None:
+    adapter = _command(
+        root,
+        "adapter",
+        adapter_commands.convert,
+        "convert a LoRA adapter for a package with slots, without building it again",
+    )
+    adapter.add_argument("package", type=Path)
+    adapter.add_argument("adapter", type=Path, metavar="PEFT_DIR", help="directory that peft saved")
+    adapter.add_argument("--name", required=True, help="how it is called")
+    adapter.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME.onnx_adapter)")
+    adapter.add_argument("--license", metavar="SPDX", help="identifier of its licence")
+    _json_option(adapter)
 
 
 def _bench_command(root: Any) -> None:

@@ -280,14 +280,22 @@ def verify(options: argparse.Namespace) -> int:
             f"{result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} tokens ranked first, "
             f"log-probabilities within {result['logprob']:.4f} nats on average"
         )
+        for name, part in result.get("adapters", {}).items():
+            print(f"with {name}: {part['identical']} of {part['prompts']} answers identical")
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import answer, chat
+    from pipeline import adapter_commands, answer, chat
     from pipeline.generate import Sampling
 
     check_positive(options, "max_tokens", "threads", "thinking_budget")
+    if len(options.adapter) > 1:
+        raise UsageError(
+            f"--adapter was given {len(options.adapter)} times",
+            why="of two adapters the runtime would compute a mixture",
+            fix="answer with one of them, or merge them before they are converted",
+        )
     sampled = options.temperature != 0  # NaN is not 0 either
     sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -295,6 +303,7 @@ def generate(options: argparse.Namespace) -> int:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
     _check_thinking(options)
     check_package(options, GENERATE)
+    adapter = adapter_commands.chosen(options.package, options.adapter[0], options.trust) if options.adapter else None
     tokenizer = chat.load(options.package)
     system = [{"role": "system", "content": options.system}] if options.system else []
     settings = answer.Settings(
@@ -306,6 +315,7 @@ def generate(options: argparse.Namespace) -> int:
         not options.raw and answer.splits(tokenizer),
         options.thinking_budget,
         options.json,
+        adapter,
     )
     if options.raw:
         prompt = tokenizer.encode(text, special=False)

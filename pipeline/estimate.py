@@ -85,8 +85,6 @@ def of(stage: str, recipe: Recipe, shape: Shape | None, tower: Tower | None = No
     if stage == "quantize":
         pace = QUANTIZING[recipe.quantize.algorithm]
         return Estimate(sized.memory(pace), sized.packed, pace.start + int(pace.seconds * gigabytes))
-    if stage == "compile":
-        return Estimate(3 * sized.packed + 2 * _GB, 3 * sized.packed, 20 + int(40 * gigabytes))
     if stage == "validate":
         # The reference computes in float32, a large one layer by layer, and the package beside it; an emulated NPU
         # takes minutes for what a processor does in seconds.
@@ -95,9 +93,15 @@ def of(stage: str, recipe: Recipe, shape: Shape | None, tower: Tower | None = No
         # A long text takes 10 ms a token and gigabyte, and a cache of each of the two models.
         long = recipe.validation.long_tokens or 0
         caches = 16 * long * shape.layers * shape.kv_heads * shape.head_dim if shape else long * _GB // 20_000
-        seconds = 20 + int(((600 if recipe.npu else 50) + 0.01 * long) * gigabytes)
+        seconds = 20 + int(((600 if recipe.npu else 50 + 30 * len(recipe.adapters or ())) + 0.01 * long) * gigabytes)
         return Estimate(reference + sized.packed + 6 * logits + caches + 2 * _GB, 0, seconds)
-    return Estimate(_GB, 2 * sized.packed + sizes.FILES, 5)
+    others = {
+        "compile": Estimate(3 * sized.packed + 2 * _GB, 3 * sized.packed, 20 + int(40 * gigabytes)),
+        # Weights are linked where the disk can; a skeleton of the model and an adapter at a time are in memory.
+        "adapters": Estimate(_GB, sized.packed, 10 + 5 * len(recipe.adapters or ())),
+        "package": Estimate(_GB, 2 * sized.packed + sizes.FILES, 5),
+    }
+    return others[stage]
 
 
 def packed(recipe: Recipe, shape: Shape, tower: Tower | None = None) -> int:

@@ -39,7 +39,10 @@ class Sampling:
 
 
 def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
-    """A runtime generator with room for ``length`` tokens in all, those that fill up a window included."""
+    """A runtime generator with room for ``length`` tokens in all, those that fill up a window included.
+
+    It has the session's adapter, if there is one, before it has seen a token.
+    """
     og = sessions.runtime()
     sampling = sampling or Sampling()
     options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
@@ -50,7 +53,10 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
             options["random_seed"] = sampling.seed
     parameters = og.GeneratorParams(session.model)
     parameters.set_search_options(**options)
-    return og.Generator(session.model, parameters)
+    generator = og.Generator(session.model, parameters)
+    if session.adapter:
+        generator.set_active_adapter(session.adapters, session.adapter)
+    return generator
 
 
 def stream(

@@ -29,6 +29,7 @@ _METRICS = {
     "top1": "top-1 agreement",
     "greedy": "greedy agreement",
     "runaway_answers": "answers that do not end",
+    "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
     "cosine": "cosine with the reference’s vector, mean",
     "min_cosine": "cosine with the reference’s vector, smallest",

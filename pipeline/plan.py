@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, estimate, isolated, machine, positions, texts
+from pipeline import __version__, checkpoint_files, digest, estimate, isolated, lora_files, machine, positions, texts
 from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import Shape, read_shape
@@ -29,7 +29,8 @@ Fields = Callable[[Loaded], dict[str, Any]]
 class Stage:
     """What is known of a stage before it runs; raise ``version`` when its code gives other results.
 
-    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time.
+    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time; an ``adapted``
+    one is for recipes with ``adapters``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     inputs: tuple[str, ...]
     tools: tuple[str, ...]
     compiled: bool = False
+    adapted: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -48,13 +50,21 @@ STAGES: tuple[Stage, ...] = (
         "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
+    # After quantization, which takes minutes and does not depend on adapters.
+    Stage(
+        "adapters",
+        1,
+        ("checkpoint", "quantize"),
+        ("onnx", "onnxruntime", "peft", "safetensors", "torch", "transformers"),
+        adapted=True,
+    ),
     Stage(
         "validate",
         3,
-        ("checkpoint", "quantize", "compile"),
+        ("checkpoint", "quantize", "compile", "adapters"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 6, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 7, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -97,7 +107,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=problem,
             fix="quantize to fewer bits, or choose a smaller model",
         )
-    stages = stages_of(target)
+    stages = stages_of(target, recipe.adapters is not None)
     names = {name for stage in stages for name in stage.tools}
     if target.isolated:
         names.add(target.runtime.plugin.partition("==")[0])
@@ -120,15 +130,14 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "tools": tools,
             }
         )
-        context = _context(loaded) if stage.name == "checkpoint" else {}
         need = estimate.of(stage.name, recipe, shape)
-        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, context)
+        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, _context(stage.name, loaded))
     return list(steps.values())
 
 
-def stages_of(target: Target) -> list[Stage]:
-    """The stages of a build for ``target``, in order."""
-    return [stage for stage in STAGES if target.compiled or not stage.compiled]
+def stages_of(target: Target, adapted: bool = False) -> list[Stage]:
+    """The stages of a build for ``target``, in order; ``adapted`` when LoRA adapters are kept apart."""
+    return [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
 
 
 def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
@@ -191,8 +200,9 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     target, task = TARGETS[recipe.target], TASKS[recipe.task]
     # Not said of generation, which all steps are for unless they are told otherwise.
     purpose = {} if task.generates else {"task": task.name}
-    if stage == "checkpoint":
-        return {**_identity(loaded), **({"headless": True} if task.name == EMBED else {})}
+    if stage in ("checkpoint", "adapters"):
+        headless = {"headless": True} if task.name == EMBED else {}
+        return {**_identity(loaded), **headless} if stage == "checkpoint" else _adapters(loaded)
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
@@ -270,7 +280,10 @@ def _published(resolved: dict[str, Any]) -> dict[str, Any]:
         {**source, "path": Path(source["path"]).name} if source.get("type") == "local" else source
         for source in checkpoint.get("sources", [])
     ]
-    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}}
+    adapters = resolved.get("adapters")
+    shown = {name: {**given, "path": Path(given["path"]).name} for name, given in (adapters or {}).items()}
+    more = {} if adapters is None else {"adapters": shown}
+    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}, **more}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
@@ -302,9 +315,24 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
     return identity
 
 
-def _context(loaded: Loaded) -> dict[str, Any]:
-    return {
-        "checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"),
-        "base": str(loaded.path.parent.resolve()),
-        "context_length": _context_length(loaded.recipe),
-    }
+def _context(stage: str, loaded: Loaded) -> dict[str, Any]:
+    base = loaded.path.parent.resolve()
+    if stage == "checkpoint":
+        return {
+            "checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"),
+            "base": str(base),
+            "context_length": _context_length(loaded.recipe),
+        }
+    if stage == "adapters":
+        return {"folders": {name: str(base / given.path) for name, given in (loaded.recipe.adapters or {}).items()}}
+    return {}
+
+
+def _adapters(loaded: Loaded) -> dict[str, Any]:
+    """For each adapter its digest and licence; raises `CheckpointError` for one that cannot be kept apart."""
+    recipe, found = loaded.recipe, {}
+    for name, given in (recipe.adapters or {}).items():
+        folder = loaded.path.parent / given.path
+        lora_files.check(folder)
+        found[name] = {"sha256": lora_files.identity(folder), "license": given.license or recipe.checkpoint.license}
+    return {"adapters": found, "dtype": recipe.export.dtype or TARGETS[recipe.target].dtypes[0]}

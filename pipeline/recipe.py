@@ -39,6 +39,7 @@ Sha256 = Annotated[str, Field(pattern=_DIGEST)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Algorithms that have been tried on graphs without a head.
 _RETRIEVAL_ALGORITHMS = ("gptq", "min_error", "none")
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class HubSource(Frozen):
@@ -158,6 +159,18 @@ class Npu(Frozen):
     share_weights: bool = False
 
 
+class Adapter(Frozen):
+    """A LoRA adapter that is kept apart from the weights.
+
+    Attributes:
+        path: directory that peft saved; relative paths start at the recipe's folder.
+        license: SPDX identifier, where it is not the checkpoint's.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    license: Annotated[str, Field(min_length=1)] | None = None
+
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -236,6 +249,9 @@ class Recipe(Frozen):
     """What is built: one checkpoint, one export, one scheme, one target, one set of gates.
 
     ``task`` is what the package is for: to generate text, to embed texts, or to rank documents for a query.
+
+    ``adapters`` are LoRA adapters by name, each a file of the package that is loaded at run time; an empty mapping
+    makes a package that takes some later.
     """
 
     description: str = ""
@@ -246,6 +262,7 @@ class Recipe(Frozen):
     export: Export = Export()
     npu: Npu | None = None
     quantize: Scheme
+    adapters: dict[str, Adapter] | None = None
     validation: Annotated[Validate, Field(alias="validate")]
     generation: Generation = Generation()
     objective: Objective = Objective()
@@ -444,6 +461,7 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from _window_contradictions(value)
     if (task := TASKS.get(str(value.get("task", GENERATE)))) and not task.generates:
         yield from _retrieval_contradictions(task, value, scheme)
+    yield from _adapter_contradictions(value, target, scheme)
     if checkpoint := _typed(Checkpoint, value.get("checkpoint")):
         yield from _revision_contradictions(checkpoint)
     if checkpoint and checkpoint.sha256 is None:
@@ -465,6 +483,46 @@ def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]
         if source.type == "hub" and not source.locked and _NEARLY_COMMIT.fullmatch(source.revision):
             text = f"`revision`: should be a whole commit, 40 hexadecimal digits in lower case, got {source.revision!r}"
             yield ("checkpoint", "sources", index, "revision"), text
+
+
+# Forms whose projections are products of floats beside which another one can be computed.
+_WITH_SLOTS = ("gptq", "min_error", "rtn", "k_quant", "none")
+
+
+def _adapter_name_problems(adapters: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Names that cannot be files of a package."""
+    seen: dict[str, str] = {}
+    for name in adapters:
+        if not _ADAPTER_NAME.fullmatch(name) or name.endswith(".onnx_adapter"):
+            text = "it becomes a file name: up to 64 letters, digits and `.`, `_`, `-`, a letter or digit first"
+            yield ("adapters", name), f"`{name}` cannot be the name of an adapter: {text}"
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            yield ("adapters", name), f"`{name}` and `{other}` are one file where case does not count"
+
+
+def _adapter_contradictions(
+    value: dict[str, Any], target: Target | None, scheme: Scheme | None
+) -> Iterator[tuple[Loc, str]]:
+    """What forbids to keep adapters apart from the weights."""
+    if not isinstance(value.get("adapters"), dict):
+        return
+    yield from _adapter_name_problems(value["adapters"])
+    checkpoint, export = _typed(Checkpoint, value.get("checkpoint")), _typed(Export, value.get("export", {}))
+    if checkpoint and checkpoint.adapter:
+        text = "one adapter is merged into the checkpoint, and those kept apart were trained without it"
+        yield ("adapters",), f"{text}: remove `checkpoint.adapter` or `adapters`"
+    if export and export.rotate:
+        text = "a rotated model computes in another basis than its adapters, which would be wrong without a word"
+        yield ("adapters",), f"{text}: remove `export.rotate` or `adapters`"
+    extra = export.options.get("extra_options") if export else None
+    if isinstance(extra, dict) and extra.get("enable_cuda_graph"):
+        yield ("adapters",), "a CUDA graph repeats what was recorded, whatever the adapter: remove `enable_cuda_graph`"
+    if target and target.no_adapters:
+        yield ("adapters",), f"{target.name} takes no adapters: {target.no_adapters}. Merge one (`checkpoint.adapter`)"
+    elif scheme and scheme.algorithm not in _WITH_SLOTS:
+        text = f"{scheme.algorithm} multiplies in integers, beside which there is no place for adapters"
+        yield ("quantize", "algorithm"), f"{text}; there is with {', '.join(_WITH_SLOTS)}"
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:

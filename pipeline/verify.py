@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, onnx_references, retrieval_config
+from pipeline import adapter_files, digest, onnx_references, retrieval_config
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, is_file_name, read_json, read_manifest
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
@@ -363,7 +363,7 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
         PackageError: the transcript or the model cannot be loaded, or the device is out of tolerance.
         RuntimeMissing: the package's provider is not to be had here.
     """
-    from pipeline import generate, session
+    from pipeline import adapters, generate, session
     from pipeline import replay as transcript
 
     try:
@@ -374,9 +374,11 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
     try:
         for entry in entries:
             generate.check_answer(opened, entry["prompt"], entry["tokens"])
+        for name in sorted({entry["adapter"] for entry in entries if "adapter" in entry}):
+            adapters.activate(opened, adapters.find(package, name))
     except UsageError as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
-    result = transcript.replay(opened.model, entries, opened.window)
+    result = transcript.replay(opened.model, entries, opened.window, package)
     tolerance = {**transcript.DEFAULT, **read_manifest(package).data.get("replay", {})}
     if problem := transcript.verdict(result, tolerance):
         raise PackageError(
@@ -425,6 +427,7 @@ def package(folder: Path, progress: Callable[[int], None] | None = None) -> Mani
     manifest = check_files(folder, progress)
     check_settings(folder, manifest)
     check_external_data(folder)
+    adapter_files.check_package(folder, manifest)
     if "LICENSE" not in manifest.files:
         raise PackageError(f"{folder} has no LICENSE", why="nobody may use weights without one")
     return manifest

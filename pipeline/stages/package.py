@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, html_report, positions, replay, retrieval_card, retrieval_replay, verify
+from pipeline import (
+    adapter_files,
+    card,
+    digest,
+    html_report,
+    positions,
+    replay,
+    retrieval_card,
+    retrieval_replay,
+    verify,
+)
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -19,6 +29,7 @@ from pipeline.artifact import (
     Progress,
     Result,
     Step,
+    candidate,
     graph_files,
 )
 from pipeline.errors import StageError
@@ -36,7 +47,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         CheckpointError: the recipe asks for a context that the checkpoint cannot have.
         PackageError: the package fails its own verification.
     """
-    model, checkpoint, validated = inputs.get("compile", inputs["quantize"]), inputs["checkpoint"], inputs["validate"]
+    model, checkpoint, validated = candidate(inputs), inputs["checkpoint"], inputs["validate"]
     validation = json.loads((validated.path / VALIDATION).read_bytes())
     if not validation["passed"] or validation["candidate"]["files"] != graph_files(model):
         raise StageError("the model to be packaged is not the one that passed validation")
@@ -56,6 +67,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     manifest = _describe(step, inputs, validation["candidate"])
     if not task.generates:
         manifest |= {"task": task.name, "context_length": context}
+    if "adapters" in inputs:
+        manifest["adapters"] = _adapters(model.path)
     size = sum(path.stat().st_size for path in out_dir.iterdir() if path.suffix in (".data", ".bin"))
     (out_dir / "README.md").write_text(readme(manifest, validation, size), encoding="utf-8")
     own = _own_text(checkpoint.path, "NOTICE")
@@ -73,6 +86,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
     verify.package(out_dir)
     return Result({"name": step.fields["name"], "weights": size, "files": len(sums) + 1})
+
+
+def _adapters(folder: Path) -> dict[str, Any]:
+    """What the manifest says of each adapter: what stands beside its file, in short."""
+    found = {}
+    for name in adapter_files.names(folder):
+        described = adapter_files.read_description(folder / f"{name}{adapter_files.ENDING}")
+        found[name] = {
+            "sha256": described.sha256,
+            "base": described.base,
+            "license": described.license,
+            "rank": max(described.ranks.values()),
+            "slots": len(described.ranks),
+        }
+    return found
 
 
 def _entry(path: Path) -> dict[str, Any]:
