@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pipeline import positions, qwen1_layout
 from pipeline.errors import CheckpointError
+
+# Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
+HELD_WHOLE = 8_000_000_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,11 @@ class Family:
     runtime: str
     head_dim: int | None = None
     experts: bool = False
+
+    @property
+    def headless(self) -> str:
+        """The transformers class without a head, which checkpoints of embedding models may name."""
+        return self.architecture.replace("ForCausalLM", "Model")
 
 
 _EVERY = ("genai", "optimum", "native", "static", "openvino")
@@ -70,7 +79,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, in elements and counts; ``experts`` where it has mixtures."""
+    """The sizes of a decoder, in elements and counts.
+
+    A layer that is a mixture has ``experts.count`` MLPs of width ``experts.intermediate`` instead of one of width
+    ``intermediate``, and may have one more that all tokens go through.
+    """
 
     model_type: str
     layers: int
@@ -94,14 +107,37 @@ class Shape:
         return tuple(layer for layer in every if layer not in given.dense_layers)
 
     @property
+    def attention_parameters(self) -> int:
+        """Weights of the attention projections of one layer."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Weights of the MLP of a layer that is no mixture."""
+        return 3 * self.hidden * self.intermediate
+
+    @property
     def body_parameters(self) -> int:
-        """Weights of the attention and MLP projections of all layers; those of routers, which are few, left out."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        """Weights of the attention and MLP projections of all layers, of all experts and of what routes to them."""
+        return self._body(self.experts.count if self.experts else 0)
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of all layers that one token goes through; fewer than all of a mixture of experts."""
+        return self._body(self.experts.per_token if self.experts else 0)
+
+    def mixture_parameters(self, count: int) -> int:
+        """Weights of a mixture with ``count`` of its experts: these, the router, the shared expert and its gate."""
+        given = self.experts
+        if given is None:
+            return 0
+        widths = count * given.intermediate + given.shared_intermediate
+        return 3 * self.hidden * widths + self.hidden * (given.count + bool(given.shared_intermediate))
+
+    def _body(self, count: int) -> int:
         sparse = len(self.sparse_layers)
-        widths = (self.layers - sparse) * self.intermediate
-        if self.experts:
-            widths += sparse * (self.experts.count * self.experts.intermediate + self.experts.shared_intermediate)
-        return self.layers * attention + 3 * self.hidden * widths
+        mlps = (self.layers - sparse) * self.mlp_parameters + sparse * self.mixture_parameters(count)
+        return self.layers * self.attention_parameters + mlps
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -139,14 +175,16 @@ _EXPERT_FIELDS = {
 
 
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
-    """The `Shape` that a ``config.json`` describes.
+    """The `Shape` that a ``config.json`` describes; of Qwen 1.0, that of the Qwen2 model that it is converted to.
 
     Raises:
-        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
-            also when ``config`` is no mapping, which JSON allows.
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer, or
+            positions are scaled in an unsupported way; also when ``config`` is no mapping, which JSON allows.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("config.json is no JSON object", where=where)
+    if qwen1_layout.is_qwen1(config):  # its auto_map names code that is known, and never run
+        config = qwen1_layout.as_qwen2(config, where)
     if "auto_map" in config:
         raise CheckpointError(
             "the checkpoint asks for code of its own (auto_map)",
@@ -157,12 +195,12 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     architectures = config.get("architectures") or ([family.architecture] if family else [])
-    if family is None or architectures != [family.architecture]:
+    if family is None or architectures not in ([family.architecture], [family.headless]):
         known = "; ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
         raise CheckpointError(
             f"architecture {architectures} of model type {model_type!r} is not supported",
             where=where,
-            fix=f"supported: {known}",
+            fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
     sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
@@ -170,7 +208,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     defaults = {
         "kv_heads": heads,
         "head_dim": family.head_dim or (hidden // heads if divides else None),
-        "context": 32768,
+        "context": positions.DEFAULT,
     }
     sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
@@ -185,6 +223,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         experts = Experts(**mixture, normalized=normalized, dense_layers=dense)
     if experts and experts.per_token > experts.count:
         raise CheckpointError(f"a token goes to {experts.per_token} of {experts.count} experts", where=where)
+    sizes["context"] = positions.read(config, sizes["context"], where).context
     tied = bool(config.get("tie_word_embeddings", False))
     return Shape(model_type=family.model_type, tied=tied, **sizes, experts=experts)
 

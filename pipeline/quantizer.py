@@ -27,6 +27,7 @@ def quantize(
     progress: Progress,
     form: str = "nbits",
     rotate: bool = False,
+    roles: tuple[str, ...] = ("head", "embedding"),
 ) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
 
@@ -36,6 +37,7 @@ def quantize(
         scheme: how to quantize it.
         form: of the quantized weights, see `graph_weights.quantize_weights`.
         rotate: whether the graph is of the rotated checkpoint.
+        roles: of the weights that the graph must have besides those of the body.
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
@@ -48,7 +50,7 @@ def quantize(
     before = graph.load(source / "model.onnx")
     found = graph.weights(before)
     _check_experts(scheme, found)
-    wanted = _wanted(scheme, found)
+    wanted = _wanted(scheme, found, roles)
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error", "w8a8"):
         calibration = {"checkpoint": str(checkpoint), "rotate": rotate}
@@ -88,12 +90,12 @@ def _label(given: WeightScheme) -> str:
     return f"{given.bits}-bit/{given.block_size}{'' if given.symmetric else ' asymmetric'}"
 
 
-def _wanted(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme]:
+def _wanted(scheme: Scheme, found: list[graph.Weight], roles: tuple[str, ...]) -> dict[str, WeightScheme]:
     """The scheme of each weight that is to be quantized; a shared embedding is the head's."""
     if not scheme.block_wise:
         return {}
     paths = [weight.path for weight in found]
-    for role in ("head", "embedding"):
+    for role in roles:
         if role not in {weight.role for weight in found}:
             raise StageError(
                 f"the graph's {role} cannot be quantized",

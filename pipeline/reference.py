@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError
+from pipeline.family import HELD_WHOLE
+from pipeline.tensors import Tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +50,34 @@ class Reference:
         return answer, False
 
 
-def load(checkpoint: Path) -> Reference:
+@contextmanager
+def adapted(reference: Reference, adapter: Path) -> Iterator[Reference]:
+    """The reference with the LoRA adapter that peft saved in the directory ``adapter``, which peft itself applies.
+
+    The reference is used up meanwhile, and is as it was at the end.
+
+    Raises:
+        CheckpointError: peft cannot load it.
+    """
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(reference.model, str(adapter), local_files_only=True).eval()
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("peft cannot load the adapter", where=str(adapter), why=str(error)[:500]) from error
+    try:
+        yield replace(reference, model=wrapped)
+    finally:
+        wrapped.unload()
+
+
+def load(checkpoint: Path, held_whole: int = HELD_WHOLE) -> Reference:
     """Load a checkpoint directory in float32 on the CPU.
+
+    Of a model that would fill the memory the layers stay on the disk: each is read when its turn comes, and dropped.
+
+    Args:
+        held_whole: largest model that is loaded whole, in bytes of float32 weights.
 
     Raises:
         CheckpointError: transformers cannot load it.
@@ -57,7 +86,9 @@ def load(checkpoint: Path) -> Reference:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, local_files_only=True, **_placement(checkpoint, held_whole)
+        ).eval()
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -66,3 +97,12 @@ def load(checkpoint: Path) -> Reference:
     eos = model.generation_config.eos_token_id
     eos = eos if eos is not None else model.config.eos_token_id
     return Reference(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,))
+
+
+def _placement(checkpoint: Path, held_whole: int) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` that leave the layers of a large model on the disk."""
+    if 4 * Tensors(checkpoint).elements() <= held_whole:
+        return {}
+    kept = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    # The folder would take copies of tensors that are no safetensors: there are none.
+    return {"device_map": {**kept, "model.layers": "disk"}, "offload_folder": str(checkpoint)}

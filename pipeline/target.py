@@ -125,6 +125,7 @@ class Target:
         isolated: whether graphs and weights are made in an environment of their own (`pipeline.isolated`).
         missing: why it cannot be built; empty when it can.
         draft_tokens: longest draft that its packages verify at once, unless a recipe has another.
+        no_adapters: why LoRA adapters cannot be loaded beside the weights; empty when they can.
     """
 
     name: str
@@ -144,12 +145,16 @@ class Target:
     isolated: bool = False
     missing: str = ""
     draft_tokens: int = 0
+    no_adapters: str = ""
 
 
 _FINE = (16, 32, 64, 128, 256)
 _GPU_BLOCKS = (16, 32, 64, 128)
 _GB = 1 << 30
 _NPU = Tolerance(top1=0.8, logprob=0.3)  # NPUs round activations between operators
+# Read in ONNX Runtime's sources (core/session/lora_adapters.cc): tensors of adapters go nowhere else.
+_NOT_MOVED = "ONNX Runtime brings adapters to processors and, through CUDA, to NVIDIA GPUs only"
+_NO_SLOTS = "its graphs are compiled as a whole, and take no weights at run time"
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -207,6 +212,7 @@ TARGETS: dict[str, Target] = {
             ),
             max_file=4 * _GB,
             max_opset=22,
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="webgpu",
@@ -221,6 +227,7 @@ TARGETS: dict[str, Target] = {
             ),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS", plugin="onnxruntime-ep-webgpu"),
             max_file=2 * _GB,  # of one file in a browser
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="tensorrt-rtx",
@@ -233,6 +240,7 @@ TARGETS: dict[str, Target] = {
             runtime=Runtime(
                 "onnxruntime-genai-cuda", "0.14.1", "Linux, Windows", plugin="onnxruntime-ep-nv-tensorrt-rtx"
             ),
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="npu",
@@ -251,6 +259,7 @@ TARGETS: dict[str, Target] = {
             algorithms=("static",),
             exporters=("static",),
             compiled=True,
+            no_adapters=_NO_SLOTS,
         ),
         Target(
             name="openvino",
@@ -266,6 +275,7 @@ TARGETS: dict[str, Target] = {
             algorithms=("nncf",),
             exporters=("openvino",),
             isolated=True,
+            no_adapters=_NO_SLOTS,
         ),
         Target(
             name="vitisai",
@@ -278,6 +288,7 @@ TARGETS: dict[str, Target] = {
             replay=_NPU,
             missing="the model generator of Ryzen AI, which writes graphs for this provider, and the provider itself "
             "come with AMD's installer only; the package index has neither",
+            no_adapters=_NO_SLOTS,
         ),
     )
 }
@@ -287,7 +298,7 @@ def problems(target: Target, export: Mapping[str, Any], scheme: Scheme | None) -
     """(location in the recipe, reason) of each thing that the target cannot do.
 
     Args:
-        export: the recipe's section ``export``: ``dtype`` and ``options`` are read.
+        export: the recipe's section ``export``, with the exporter that writes the graph.
         scheme: of the quantization, when it is well-formed.
     """
     yield from _export_problems(target, export, scheme)
@@ -344,7 +355,7 @@ def _export_problems(target: Target, export: Mapping[str, Any], scheme: Scheme |
     if target.max_opset and isinstance(opset, int) and opset > target.max_opset:
         text = f"{target.runtime.package} {target.runtime.newest} reads opsets up to {target.max_opset}"
         yield ("export", "options", "target_opset"), text
-    exporter = export.get("exporter", "genai")
+    exporter = export["exporter"]
     if exporter not in target.exporters:
         known = " or ".join(target.exporters)
         yield ("export", "exporter"), f"{target.name} takes graphs of {known}, {exporter} writes others"

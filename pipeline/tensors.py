@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,16 @@ class Tensors:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def elements(self) -> int:
+        """How many values there are in all; read from headers alone."""
+        from safetensors import safe_open
+
+        count = 0
+        for path in sorted(set(self._files.values())):
+            with safe_open(path, framework="pt") as opened:
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        return count
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor's values, float32, copied."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,21 @@ def test_logits_and_greedy_tokens_are_pytorchs(
     assert list(generate.stream(opened, PROMPT, 64)) == answer
 
 
+def test_positions_beyond_the_window_that_yarn_extends(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "yarn"
+    shutil.copytree(checkpoint_of("qwen2"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config["max_position_embeddings"] = 256
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    opened, torch_model = _exported(checkpoint, tmp_path / "graph"), reference.load(checkpoint)
+    assert opened.context_length == 256
+    ids = [3 + index % 90 for index in range(200)]
+    wanted = torch_model.logits(ids)
+    assert np.abs(generate.prefill_logits(opened, ids) - wanted).max() < 1e-4
+    assert np.abs(generate.decode_logits(opened, ids) - wanted).max() < 1e-4
+
+
 def test_what_the_graph_has_not_is_refused(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -60,3 +76,14 @@ def test_what_the_graph_has_not_is_refused(checkpoint_of: Callable[..., Path], t
     config.save_pretrained(tmp_path / "changed")
     with pytest.raises(StageError, match="no graph can be written"):
         exporter.export_native(tmp_path / "changed", tmp_path, "float32")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reference_with_its_layers_on_the_disk_is_the_same(tied: bool, checkpoint_of: Callable[..., Path]) -> None:
+    checkpoint = checkpoint_of("qwen2", tied)
+    files = sorted(checkpoint.iterdir())
+    whole, streamed = reference.load(checkpoint), reference.load(checkpoint, held_whole=0)
+    assert {str(parameter.device) for parameter in streamed.model.model.layers.parameters()} == {"meta"}
+    assert np.array_equal(streamed.logits(PROMPT), whole.logits(PROMPT))
+    assert streamed.greedy(PROMPT, 16) == whole.greedy(PROMPT, 16)
+    assert sorted(checkpoint.iterdir()) == files

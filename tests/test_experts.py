@@ -423,6 +423,21 @@ def test_exchanged_experts_are_found_and_named(
 
 
 @pytest.mark.slow
+def test_a_reference_that_is_left_on_the_disk_shows_the_same(
+    exported: Callable[..., Path],
+    checkpoint_of: Callable[..., Path],
+    references: Callable[[str], reference.Reference],
+    tmp_path: Path,
+) -> None:
+    whole = tmp_path / "whole"
+    _quantized(exported("qwen2_moe"), checkpoint_of("qwen2_moe"), whole, _scheme())
+    on_disk = reference.load(checkpoint_of("qwen2_moe"), held_whole=0)
+    assert next(on_disk.model.model.layers[0].mlp.experts[0].parameters()).device.type == "meta"
+    expected = _measured(references("qwen2_moe"), whole, tmp_path / "first")
+    assert _measured(on_disk, whole, tmp_path / "second") == expected
+
+
+@pytest.mark.slow
 def test_experts_are_told_apart_among_integer_products(
     exported: Callable[..., Path],
     checkpoint_of: Callable[..., Path],

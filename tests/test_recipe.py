@@ -13,6 +13,7 @@ from pipeline import recipe, strict_yaml
 from pipeline.errors import RecipeError
 from pipeline.scheme import Scheme
 
+EXPERTS = "{count: 4, per_token: 2, intermediate: 8}"
 SCHEME = "{bits: 8, block_size: 32, symmetric: true}"
 SIZES = "layers: 1, hidden: 8, intermediate: 8, heads: 1, kv_heads: 1, head_dim: 8, vocabulary: 9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -60,7 +61,7 @@ def refusal(path: Path) -> list[str]:
 WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "unknown key": ("descripton: x", [("cpu-int4.yaml:2: unknown key `descripton`", "did you mean `description`?")]),
     "misspelt extends": ("extend: x", [("cpu-int4.yaml:2: unknown key `extend`", "did you mean `extends`?")]),
-    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: architecture, checkpoint,")]),
+    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: adapters, architecture,")]),
     "unknown nested key": (
         "validate:\n  gates:\n    mean_lk: 0.1",
         [("cpu-int4.yaml:4: unknown key `validate.gates.mean_lk`", "did you mean `mean_kl`?")],
@@ -108,13 +109,44 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "quantize: {algorithm: min_eror}",
         [("cpu-int4.yaml:2: `quantize.algorithm`: should be 'gptq', 'min_error'", "did you mean `min_error`?")],
     ),
-    "a branch for a commit": (
-        "checkpoint: {sources: [{type: hub, repo: a/b, revision: main}]}",
-        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got 'main'")],
+    "no revision": (
+        "checkpoint: {sources: [{type: hub, repo: a/b, revision: -x}]}",
+        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got '-x'")],
     ),
     "an option of pip for a requirement": (
         "checkpoint: {sources: [{type: wheels, wheels: [{requirement: --index-url==x, member: y}]}]}",
         [("cpu-int4.yaml:2: `checkpoint.sources[0].wheels[0].requirement`: should be a pinned requirement", "")],
+    ),
+    "adapters beside one that is merged": (
+        "checkpoint: {adapter: x}\nadapters: {a: {path: a}}",
+        [("cpu-int4.yaml:3: one adapter is merged into the checkpoint", "remove `checkpoint.adapter` or `adapters`")],
+    ),
+    "adapters of a rotated model": (
+        "export: {rotate: true}\nadapters: {a: {path: a}}",
+        [("cpu-int4.yaml:3: a rotated model computes in another basis", "remove `export.rotate` or `adapters`")],
+    ),
+    "adapters beside integer products": (
+        "adapters: {}\nquantize: {algorithm: w8a8, body: {bits: 8, block_size: -1}}",
+        [("cpu-int4.yaml:3: w8a8 multiplies in integers", "there is with gptq, min_error, rtn, k_quant, none")],
+    ),
+    "adapters where the runtime cannot bring them": (
+        "target: webgpu\nadapters: {a: {path: a}}\nquantize: {body: {block_size: 32}}",
+        [("cpu-int4.yaml:3: webgpu takes no adapters: ONNX Runtime brings", "Merge one (`checkpoint.adapter`)")],
+    ),
+    "adapters whose names are no files": (
+        "adapters:\n  a/b: {path: a}\n  x.onnx_adapter: {path: a}\n  Legal: {path: a}\n  legal: {path: a}",
+        [
+            ("cpu-int4.yaml:3: `a/b` cannot be the name of an adapter", "a letter or digit first"),
+            ("cpu-int4.yaml:4: `x.onnx_adapter` cannot be the name of an adapter", ""),
+            ("cpu-int4.yaml:6: `legal` and `Legal` are one file", ""),
+        ],
+    ),
+    "a misspelt key of an adapter": (
+        "adapters:\n  a:\n    pth: x",
+        [
+            ("cpu-int4.yaml:3: missing key `adapters.a.path`", ""),
+            ("cpu-int4.yaml:4: unknown key `adapters.a.pth`", "did"),
+        ],
     ),
     "no sources": ("checkpoint: {sources: []}", [("cpu-int4.yaml:2: `checkpoint.sources`: should have at least", "")]),
     "text for an integer": (
@@ -190,11 +222,11 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         [("cpu-int4.yaml:2: qwen3_moe needs `experts`", "")],
     ),
     "an exporter without experts": (
-        f"architecture:\n  {{{SIZES}, model_type: qwen3_moe,\n  experts: {{count: 4, per_token: 2, intermediate: 8}}}}",
+        f"export: {{exporter: genai}}\narchitecture:\n  {{{SIZES}, model_type: qwen3_moe, experts: {EXPERTS}}}",
         [("cpu-int4.yaml", "genai cannot export qwen3_moe")],
     ),
     "experts of a model that has none": (
-        f"architecture:\n  {{{SIZES}, model_type: qwen3,\n  experts: {{count: 4, per_token: 2, intermediate: 8}}}}",
+        f"architecture:\n  {{{SIZES}, model_type: qwen3,\n  experts: {EXPERTS}}}",
         [("cpu-int4.yaml:4: qwen3 has no `experts`", "")],
     ),
     "bits without kernels": (
@@ -473,6 +505,7 @@ validate:
   windows: 1
   window_tokens: 16
   decode_tokens: 8
+  long_tokens: 128
   greedy_tokens: 1
   answers: 1
   gates: {{p99_kl: 1, greedy: 0.5, runaway: 1}}
@@ -495,6 +528,20 @@ architecture:
     shared_intermediate: 48, sparse_step: 1, dense_layers: [0]}}}}
 export: {{exporter: native, experts: dense}}
 validate: {{gates: {{routing: 0.9, expert_error: 0.05}}}}
+"""
+# Gates set to nothing are the base's, which are of generation.
+OTHER_GATES = "mean_kl: null, top1: null, perplexity_ratio: null"
+EMBEDDING = f"""\
+extends: _base.yaml
+task: embed
+validate: {{gates: {{{OTHER_GATES}, cosine: 0.999, min_cosine: 0.99, ranking: 0.9}}}}
+"""
+RANKING = EMBEDDING.replace("embed", "rerank").replace("cosine: 0.999, min_cosine: 0.99", "score_error: 0.1")
+
+
+ADAPTED = """\
+extends: _base.yaml
+adapters: {billing: {path: ../billing, license: MIT}, legal: {path: legal}}
 """
 
 
@@ -525,11 +572,14 @@ def test_the_json_schema_knows_every_key_that_loads_and_no_other(tmp_path: Path)
     path = write(tmp_path, EVERYTHING)
     resolved = recipe.load(path).resolved
     compiled = recipe.load(write(tmp_path, COMPILED, "npu-int8.yaml")).resolved
-    unset = {name for name in schema["properties"] if name not in {**resolved, **compiled}}
-    assert unset == {"extends"}
-    assert accepts(schema, recipe.load(write(tmp_path, MIXTURE, "cpu-moe.yaml")).resolved, schema["$defs"])
-    assert accepts(schema, compiled, schema["$defs"])
-    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED + MIXTURE))
+    embedding, ranking, adapted, mixture = (
+        recipe.load(write(tmp_path, text)).resolved for text in (EMBEDDING, RANKING, ADAPTED, MIXTURE)
+    )
+    given = {**resolved, **compiled, **embedding, **adapted}
+    assert {name for name in schema["properties"] if name not in given} == {"extends"}
+    for value in (compiled, embedding, ranking, adapted, mixture):
+        assert accepts(schema, value, schema["$defs"])
+    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED + EMBEDDING + RANKING + ADAPTED + MIXTURE))
     named = {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]}
     assert named <= used
     assert accepts(schema, resolved, schema["$defs"])

@@ -14,6 +14,7 @@ from pipeline import (
     graph_weights,
     olive,
     reference,
+    retrieval_export,
     rotary,
     rotation,
     static_decoder,
@@ -24,6 +25,7 @@ from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.recipe import Export
 from pipeline.reference import Reference
+from pipeline.task import GENERATE, TASKS
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
 SIDECARS = (
@@ -42,6 +44,8 @@ SIDECARS = (
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
     """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer files.
 
+    Graphs that generate nothing come with a ``retrieval.json`` instead.
+
     Raises:
         StageError: the exporter failed, or wrote something else.
         RecipeError: it does not take an option, or cannot export models of this family.
@@ -50,39 +54,47 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields if key in step.fields})
     source = inputs["checkpoint"].path
-    exporter.check_family(source, spec.exporter)
-    if spec.exporter == "static":
+    written: str = step.fields["exporter"]
+    exporter.check_family(source, written)
+    task = TASKS[step.fields.get("task", GENERATE)]
+    if written == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
-    olive.check_options(spec.exporter, spec.options, "export.options")
-    if spec.exporter == "openvino":
+    olive.check_options(written, spec.options, "export.options")
+    if written == "openvino":
         return _openvino(source, out_dir, spec.rotate, progress)
-    if spec.exporter == "native":
+    if written == "native":
         return _native(source, out_dir, spec, step.fields["dtype"], progress)
     work = out_dir / "export"
     work.mkdir()
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
-    progress(0.3, f"Olive with {spec.exporter}")
-    exporter.EXPORTERS[spec.exporter](given, work, spec.options, step.fields["provider"], step.fields["dtype"])
+    progress(0.3, f"Olive with {written}")
+    exporter.EXPORTERS[written](given, work, spec.options, step.fields["provider"], step.fields["dtype"])
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
+    if not task.generates:
+        config = retrieval_export.write_config(task, source, out_dir)
+        retrieval_export.pool(model, work, task.output, list(config["labels"].values()))
     inputs_before = graph.interface(model)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        if spec.last_token_head:
+        if spec.last_token_head and task.generates:
             graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        scaled = rotary.scale_tables(model, source / "config.json")
         # GPUs' runtimes do not all fold constants, and there the tables are half as large.
         computed = step.fields["dtype"] == "float32" and rotary.compute_tables(model, work, source / "config.json")
         graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
-    shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
+    if task.generates:
+        shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)
     return Result(
         {
-            "exporter": spec.exporter,
+            "exporter": written,
             "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
             "inputs": len(inputs_before[0]),
             "operators": graph.operators(model),
+            "scaled_rotary_tables": scaled,
             "computed_rotary_tables": computed,
         }
     )
