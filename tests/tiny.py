@@ -154,7 +154,7 @@ def tiny_qwen1(folder: Path, seed: int = 0, **changes: Any) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = tiktoken_ranks(_tokenizer(folder).backend_tokenizer)
+    ranks = tiktoken_ranks(_tokenizer(folder, thinks=False).backend_tokenizer)
     for path in folder.iterdir():
         path.unlink()
     (folder / "qwen.tiktoken").write_bytes(tiktoken_file(ranks))
