@@ -18,6 +18,7 @@ from pipeline.errors import GateError, QwenOnnxError, UsageError
 if TYPE_CHECKING:
     from pipeline.artifact import Step
     from pipeline.generate import Sampling
+    from pipeline.images import Picture
     from pipeline.recipe import Loaded
     from pipeline.store import Store
 
@@ -98,6 +99,7 @@ def _stream(
     as_json: bool = False,
     provider: str = "",
     lookup: bool = False,
+    pictures: Sequence[Picture] = (),
 ) -> None:
     """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
     import time
@@ -106,10 +108,11 @@ def _stream(
 
     opened = session.open_package(folder, threads, provider)
     counts = speculation.Counts()
+    prompt, prepared = generate.show(opened, prompt, pictures)
     tokens = (
         speculation.stream(opened, prompt, limit, sampling, counts)
         if lookup
-        else generate.stream(opened, prompt, limit, sampling)
+        else generate.stream(opened, prompt, limit, sampling, prepared)
     )
     text = generate.TextStream(chat.load(folder))
     begin = time.perf_counter()
@@ -303,7 +306,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import chat, verify
+    from pipeline import chat, images, verify
     from pipeline.generate import Sampling
 
     _positive(options, "max_tokens", "threads")
@@ -312,16 +315,20 @@ def generate(options: argparse.Namespace) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    pictures = [images.load(path) for path in options.image]
+    if pictures and (options.raw or options.lookup):
+        raise UsageError("--image goes with neither --raw nor --lookup", fix="leave them out")
     if not options.trust:
         verify.check_runtime(verify.package(options.package))
     tokenizer = chat.load(options.package)
+    shown = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}] if pictures else text
     system = [{"role": "system", "content": options.system}] if options.system else []
     prompt = (
         tokenizer.encode(text, special=False)
         if options.raw
-        else tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+        else tokenizer.encode_chat([*system, {"role": "user", "content": shown}])
     )
-    given = options.threads, sampling, options.json, options.provider, options.lookup
+    given = options.threads, sampling, options.json, options.provider, options.lookup, pictures
     _stream(options.package, prompt, options.max_tokens, *given)
     return 0
 

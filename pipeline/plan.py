@@ -12,9 +12,9 @@ from typing import Any
 from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
 from pipeline.artifact import Estimate, Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import HELD_WHOLE, Shape, read_shape
+from pipeline.family import FAMILIES, HELD_WHOLE, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS, Target, file_problem
+from pipeline.target import CPU, TARGETS, Target, file_problem
 
 _GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
@@ -80,6 +80,13 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
+    if shape and FAMILIES[shape.model_type].sees and target.provider != CPU:
+        raise RecipeError(
+            f"target {target.name} takes no models that see",
+            where=str(loaded.path),
+            why=f"the graphs of a {shape.model_type} are written and checked for the processor only",
+            fix="use target cpu",
+        )
     size = _estimate("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
@@ -173,7 +180,10 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {**recipe.export.model_dump(mode="json"), **own, **npu}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate}
+        scheme = recipe.quantize.model_dump(mode="json")
+        if recipe.quantize.vision == "float":
+            del scheme["vision"]  # most models have none
+        fields = {**scheme, "form": form, "rotate": recipe.export.rotate}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ def quantize(
     progress: Progress,
     form: str = "nbits",
     rotate: bool = False,
+    outside: Sequence[graph.Weight] = (),
 ) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
 
@@ -36,6 +37,7 @@ def quantize(
         scheme: how to quantize it.
         form: of the quantized weights, see `graph_weights.quantize_weights`.
         rotate: whether the graph is of the rotated checkpoint.
+        outside: weights of other graphs that the scheme speaks of, too; they are left to the caller.
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
@@ -47,7 +49,10 @@ def quantize(
     """
     before = graph.load(source / "model.onnx")
     found = graph.weights(before)
-    wanted = _wanted(scheme, found)
+    wanted = wanted_schemes(scheme, [*found, *outside])
+    if outside:
+        wanted = {weight.path: wanted[weight.path] for weight in found if weight.path in wanted}
+        scheme = scheme.model_copy(update={"embedding": "float"})
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error", "w8a8"):
         calibration = {"checkpoint": str(checkpoint), "rotate": rotate}
@@ -76,7 +81,7 @@ def _label(given: WeightScheme) -> str:
     return f"{given.bits}-bit/{given.block_size}{'' if given.symmetric else ' asymmetric'}"
 
 
-def _wanted(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme]:
+def wanted_schemes(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme]:
     """The scheme of each weight that is to be quantized; a shared embedding is the head's."""
     if not scheme.block_wise:
         return {}
