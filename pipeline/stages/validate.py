@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import generate, graph, metrics, npu_agreement, openvino, parity, reference, replay, texts
+from pipeline import (
+    generate,
+    graph,
+    metrics,
+    npu_agreement,
+    openvino,
+    parity,
+    reference,
+    replay,
+    texts,
+    vision_agreement,
+)
 from pipeline import session as sessions
 from pipeline.agreement import Tally
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, graph_files
@@ -89,7 +100,16 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     shutil.rmtree(scratch, ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
     conversations = texts.CONVERSATIONS[: spec.answers]
-    report |= _answers(torch_model, session, conversations, spec.greedy_tokens, out_dir)
+    answers, golden = _answers(torch_model, session, conversations, spec.greedy_tokens)
+    report |= answers
+    if session.image_token is not None:
+        progress(0.9, "pictures")
+        report["images"], more = vision_agreement.measure(
+            torch_model, session, inputs["checkpoint"].path, spec.greedy_tokens, lambda _, what: progress(0.9, what)
+        )
+        golden += more
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
+    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
     progress(0.95, "tokenizer and chat template")
     report["tokenizer"] = parity.tokenizers(torch_model.tokenizer, package, session, texts.TOKENIZER_PROBES)
     report["chat_template"] = parity.chat_templates(torch_model.tokenizer, package, session, texts.CONVERSATIONS)
@@ -210,9 +230,9 @@ def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.flo
 
 
 def _answers(
-    torch_model: Reference, session: Session, conversations: Sequence[Conversation], limit: int, out_dir: Path
-) -> dict[str, Any]:
-    """Greedy answers of both to the same prompts, and whether they end; the package's go to ``golden.jsonl``."""
+    torch_model: Reference, session: Session, conversations: Sequence[Conversation], limit: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Greedy answers of both to the same prompts, and whether they end; and the package's for ``golden.jsonl``."""
     answers, golden = [], []
     for conversation in conversations:
         tools = [dict(tool) for tool in conversation.tools] or None
@@ -236,13 +256,11 @@ def _answers(
         _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window)
         entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
         golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
-    (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
     mean = sum(answer["agreement"] for answer in answers) / len(answers)
     return {
         "greedy": {"tokens": limit, "agreement": round(mean, 4), "answers": answers},
         "eos": {"ids": sorted(session.eos), "reference_ids": sorted(torch_model.eos)},
-    }
+    }, golden
 
 
 def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
@@ -268,7 +286,20 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
         for name in ("runtime", "served"):
             unexplained = [entry for entry in report[key][name] if "reason" not in entry]
             found.append(_gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
-    return found
+    return found + (_image_gates(report["images"], wanted) if "images" in report else [])
+
+
+def _image_gates(images: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
+    """The recipe's gates for answers about pictures, and those for the pictures themselves, which are no choice."""
+    found = [
+        _gate("pixel_error", "image", images["pixel_error"], vision_agreement.MAX_PIXEL_ERROR, "max"),
+        _gate("feature_cosine", "image", images["feature_cosine"], vision_agreement.MIN_COSINE, "min"),
+        _gate("mean_kl", "image", images["mean_kl"], wanted.mean_kl, "max"),
+        _gate("top1", "image", images["top1"], wanted.top1, "min"),
+        _gate("greedy", "image", images["greedy"], wanted.greedy, "min"),
+    ]
+    prompts = sum(not answer["prompt_agrees"] for answer in images["answers"])
+    return [*found, _gate("chat_template_mismatches", "image", prompts, 0, "max")]
 
 
 def _gate(metric: str, path: str, value: float, bound: float, sense: str) -> dict[str, Any]:
