@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_gpu import run, steps_of
+from test_replay import script
 
 from pipeline import (
     chat,
+    checkpoint,
     checkpoint_files,
+    cli,
     decoder,
     exporter,
     fusion_graph,
@@ -29,13 +33,16 @@ from pipeline import (
     vision_quantizer,
 )
 from pipeline import session as sessions
-from pipeline.errors import CheckpointError, PackageError, UsageError
+from pipeline.artifact import GOLDEN, VALIDATION, Artifact
+from pipeline.errors import CheckpointError, PackageError, RecipeError, StageError, UsageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.family import read_shape
 from pipeline.pictures import Drawn
+from pipeline.recipe import Gates
 from pipeline.replay import Prepared
 from pipeline.scheme import Scheme
 from pipeline.session import Session
+from pipeline.stages import validate
 from pipeline.vision import Vision
 
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -185,9 +192,12 @@ def test_a_text_goes_on_after_an_answer_about_a_picture(
 def test_int4_text_and_int8_tower_stay_close(
     kind: str, vision_checkpoint_of: Callable[..., Path], package_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    package, source = package_of(kind), vision_checkpoint_of(kind)
+    import onnxruntime
+
+    tied = kind == "qwen2_vl"
+    package, source = package_of(kind, tied), vision_checkpoint_of(kind, tied)
     body, eight = ({"bits": bits, "block_size": 32, "symmetric": bits == 8} for bits in (4, 8))
-    embedding = "shared" if kind == "qwen2_vl" else eight
+    embedding = "shared" if tied else eight
     scheme = Scheme.model_validate(
         {
             "algorithm": "gptq",
@@ -203,18 +213,25 @@ def test_int4_text_and_int8_tower_stay_close(
     for path in package.iterdir():
         if path.suffix not in (".onnx", ".data"):
             shutil.copyfile(path, tmp_path / path.name)
-    assert (tmp_path / "embedding.onnx.data").exists() == (embedding != "shared")
+    assert (tmp_path / "embedding.onnx.data").exists() == (not tied)
     session, torch_model = sessions.open_package(tmp_path, 1), reference.load(source)
     seen, processor = _vision(source), _processor(package)
     drawn = pictures.draw(seen.patch * seen.merge, processor["min_pixels"], processor["max_pixels"])[:1]
     prompt, prepared = _asked(session, drawn, "What is this?")
     given = _given(drawn, seen, processor)
     answer, _ = torch_model.greedy(prompt, 24, **given)
-    wanted = torch_model.logits([*prompt, *answer], **given)[len(prompt) - 1 : -1]
-    found = generate.answer_logits(session, prompt, answer, prepared)
-    if embedding != "shared":
-        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.98
+    wanted = torch_model.logits([*prompt, *answer], **given)[len(prompt) - 1 :]
+    found = generate.answer_logits(session, prompt, [*answer, 0], prepared)
+    # So few channels lose much in 4 bits.
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
+    if not tied:  # where no token stands out
         assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() > 0.8
+    gather = onnxruntime.InferenceSession(str(tmp_path / "embedding.onnx"), providers=["CPUExecutionProvider"])
+    nothing = np.zeros((0, seen.feature), np.float32)
+    (rows,) = gather.run(None, {"input_ids": np.arange(100)[None], "image_features": nothing})
+    table = torch_model.model.get_input_embeddings().weight[:100].detach().numpy()
+    assert np.abs(rows[0, :, : table.shape[1]] - table).max() < 0.02
+    assert not rows[0, :, table.shape[1] :].any()
 
 
 @slow
@@ -421,3 +438,195 @@ def test_a_processor_that_is_not_known_is_not_trusted(package_of: Callable[..., 
     with pytest.raises(PackageError) as refused:
         verify.check_config(package)
     assert "vision_start_token_id" in refused.value.why
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    vision_checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Artifact]:
+    """All stages of one recipe; do not write into them."""
+    folder, made = tmp_path_factory.mktemp("vision") / "tiny", {}
+    folder.mkdir()
+    eight = {"bits": 8, "block_size": 64, "symmetric": True}
+    body = {"bits": 4, "block_size": 32, "symmetric": False}
+    for step in steps_of(
+        folder,
+        vision_checkpoint_of("qwen2_5_vl"),
+        "cpu",
+        "min_error",
+        export={"exporter": "native"},
+        quantize={"body": body, "head": eight, "embedding": eight, "overrides": [], "vision": eight},
+        validate={
+            "windows": 4,
+            "window_tokens": 32,
+            "greedy_tokens": 12,
+            "gates": {"mean_kl": 0.5, "p99_kl": 5.0, "top1": 0.8, "perplexity_ratio": 1.5},
+        },
+    ):
+        made[step.stage] = run(step, made, folder / step.stage)
+    return made
+
+
+@slow
+def test_a_package_is_validated_with_pictures(artifacts: dict[str, Artifact]) -> None:
+    report = json.loads((artifacts["validate"].path / VALIDATION).read_bytes())
+    assert report["passed"], report["gates"]
+    assert {"vision.onnx", "vision.onnx.data", "embedding.onnx", "embedding.onnx.data"} <= set(
+        report["candidate"]["files"]
+    )
+    gates = {gate["metric"]: gate for gate in report["gates"] if gate["path"] == "image"}
+    assert set(gates) == {"pixel_error", "feature_cosine", "mean_kl", "top1", "greedy", "chat_template_mismatches"}
+    assert gates["pixel_error"]["value"] < 1e-6
+    assert 0.99 < gates["feature_cosine"]["value"] < 1
+    assert gates["mean_kl"]["value"] > 0
+    assert [answer["name"] for answer in report["images"]["answers"]][-1] == "bars and rings"
+    for key, value in (("pixel_error", 0.1), ("feature_cosine", 0.9), ("mean_kl", 0.6), ("top1", 0.7)):
+        changed = {**report, "images": {**report["images"], key: value}}
+        wanted = Gates.model_validate({"mean_kl": 0.5, "top1": 0.8, "perplexity_ratio": 1.5})
+        failed = [gate["metric"] for gate in validate.gates(changed, wanted) if not gate["passed"]]
+        assert failed == [key]
+
+
+@slow
+def test_a_package_with_pictures_is_verified_and_replayed(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+    package = artifacts["package"].path
+    verify.package(package)
+    assert verify.replay(package)["top1"] == 1
+    shown = [entry for entry in replay.read(package / GOLDEN) if "images" in entry]
+    assert [len(entry["images"]) for entry in shown] == [1, 1, 1, 1, 2]
+    code, text = script(package)
+    assert (code, "PASS" in text) == (0, True), text
+    assert "image-text-to-text" in (package / "README.md").read_text(encoding="utf-8")
+    assert "image bars and rings" in (package / "report.html").read_text(encoding="utf-8")
+    # Other pictures give other answers: what is replayed depends on them.
+    copy = shutil.copytree(package, tmp_path / "p")
+    entries = [{**entry, "images": shown[0]["images"]} if entry == shown[3] else entry for entry in shown]
+    (copy / GOLDEN).write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    opened = sessions.open_package(copy, 1)
+    with pytest.raises(UsageError):
+        generate.check_answer(
+            opened, shown[0]["prompt"] + [opened.image_token], [5], replay.pictures_of(opened.model, shown[0])
+        )
+    (changed,) = [entry for entry in entries if entry["name"] == shown[3]["name"]]
+    assert replay.replay(opened.model, [changed])["identical"] == 0
+
+
+def _answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[int]:
+    assert cli.main(["generate", *arguments, "--json", "--max-tokens", "8", "--trust"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [line["token"] for line in lines if "token" in line]
+
+
+@slow
+def test_generate_answers_about_pictures(
+    artifacts: dict[str, Artifact],
+    checkpoint_of: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = artifacts["package"].path
+    paths = []
+    for one in pictures.draw(28, 3136, 1_003_520)[1:3]:
+        paths.append(tmp_path / f"{one.name}.png")
+        paths[-1].write_bytes(one.png)
+    entry = next(entry for entry in replay.read(package / GOLDEN) if entry["name"] == "image bars and rings")
+    question = "Which colours are in this image?"
+    both = [part for path in paths for part in ("--image", str(path))]
+    assert _answer(capsys, str(package), *both, "--prompt", question) == entry["tokens"][:8]
+    without = _answer(capsys, str(package), "--prompt", question)
+    assert without != entry["tokens"][: len(without)]
+    (tmp_path / "a.png").write_bytes(b"BM" + b"\0" * 60)
+    refused = {
+        "it is BMP": [str(package), "--image", str(tmp_path / "a.png")],
+        "cannot be read": [str(package), "--image", str(tmp_path / "none.png")],
+        "--image goes with neither": [str(package), *both, "--raw"],
+        "neither --raw nor --lookup": [str(package), *both, "--lookup"],
+    }
+    for said, arguments in refused.items():
+        assert cli.main(["generate", *arguments, "--prompt", "x", "--trust"]) == UsageError.exit_code
+        assert said in capsys.readouterr().err
+
+
+@slow
+def test_a_text_package_takes_no_pictures(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    import onnx
+
+    source = checkpoint_of("qwen2")
+    onnx.save(exporter.export_native(source, tmp_path, "float32"), str(tmp_path / "model.onnx"))
+    session = sessions.open_package(tmp_path, 1)
+    picture = images.check(pictures.draw(28, 3136, 1_003_520)[0].png)
+    with pytest.raises(UsageError, match="takes no images"):
+        generate.show(session, [1, 2], [picture])
+    assert generate.show(session, [1, 2], []) == ([1, 2], None)
+
+
+@slow
+def test_what_is_not_made_for_models_that_see_is_refused(
+    vision_checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = vision_checkpoint_of("qwen2_5_vl")
+    (tmp_path / "cuda").mkdir()
+    with pytest.raises(RecipeError, match="takes no models that see"):
+        steps_of(tmp_path / "cuda", checkpoint, "cuda", "none", export={"exporter": "genai"})
+    (tmp_path / "cpu").mkdir()
+    steps = steps_of(tmp_path / "cpu", checkpoint, "cpu", "none", export={"exporter": "genai"})
+    made = {"checkpoint": run(steps[0], {}, tmp_path / "checkpoint")}
+    with pytest.raises(StageError, match=r"genai cannot export Qwen2\.5-VL"):
+        run(steps[1], made, tmp_path / "export")
+    steps = steps_of(tmp_path / "cpu", checkpoint, "cpu", "none", export={"exporter": "native", "rotate": True})
+    with pytest.raises(StageError, match="cannot be rotated"):
+        run(steps[1], made, tmp_path / "rotated")
+
+
+@slow
+def test_a_chat_template_in_a_file_of_its_own_is_found(
+    vision_checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(vision_checkpoint_of("qwen2_vl"), tmp_path / "source")
+    template = (source / "chat_template.jinja").read_text(encoding="utf-8")
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (tmp_path / "out").mkdir()
+    checkpoint.prepare(source, None, tmp_path / "out", lambda *_: None)
+    assert reference.load(tmp_path / "out").tokenizer.chat_template == template
+    (tmp_path / "adapter").mkdir()
+    (source / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
+        checkpoint_files.check_directory(source)
+
+
+@slow
+def test_a_recipe_is_built_through_the_command_line(
+    vision_checkpoint_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "tiny" / "cpu.yaml"
+    recipe.parent.mkdir()
+    eight = {"bits": 8, "block_size": 32, "symmetric": True}
+    value = {
+        "target": "cpu",
+        "checkpoint": {
+            "sources": [{"type": "local", "path": str(vision_checkpoint_of("qwen3_vl", True))}],
+            "license": "Apache-2.0",
+            "base_model": "tiny",
+        },
+        "export": {"exporter": "native"},
+        "quantize": {"algorithm": "gptq", "body": eight, "embedding": "shared", "calibration_windows": 2},
+        "validate": {
+            "windows": 4,
+            "window_tokens": 32,
+            "greedy_tokens": 8,
+            "gates": {"mean_kl": 0.1, "top1": 0.9, "perplexity_ratio": 1.1},
+        },
+    }
+    recipe.write_text(json.dumps(value))  # JSON is YAML
+    places = "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")
+    assert cli.main(["build", str(recipe), *places]) == 0
+    package = tmp_path / "out" / "tiny-cpu"
+    assert cli.main(["verify", str(package), "--replay"]) == 0
+    assert not (package / "embedding.onnx.data").exists()
+    assert cli.main(["attribute", str(package), "--store", str(tmp_path / "store")]) == UsageError.exit_code
+    assert "models of text alone" in capsys.readouterr().err
+    assert (
+        cli.main(["tune", str(recipe), "--store", str(tmp_path / "store"), "--max-kl", "0.1"]) == RecipeError.exit_code
+    )
+    assert "models of text alone" in capsys.readouterr().err
