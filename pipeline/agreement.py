@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Floats = npt.NDArray[np.float32]
+
+
+def gate(metric: str, path: str, value: float, bound: float, sense: str) -> dict[str, Any]:
+    """A gate with what was measured; the value is to be at most (``sense`` max) or at least (min) the bound."""
+    passed = value <= bound if sense == "max" else value >= bound
+    return {"metric": metric, "path": path, "value": value, "bound": bound, "sense": sense, "passed": bool(passed)}
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import digest
 from pipeline.errors import PackageError
+from pipeline.task import GENERATE, TASKS
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
@@ -105,9 +106,14 @@ class Artifact:
 
 
 def graph_files(artifact: Artifact) -> dict[str, str]:
-    """Relative path → sha256 of an artifact's graphs and weights."""
-    endings = (".onnx", ".data", ".bin", ".xml")
+    """Relative path → sha256 of an artifact's graphs, weights and adapters."""
+    endings = (".onnx", ".data", ".bin", ".xml", ".onnx_adapter")
     return {name: sha256 for name, (_, sha256) in artifact.files.items() if name.endswith(endings)}
+
+
+def candidate(inputs: Mapping[str, Artifact]) -> Artifact:
+    """Of a stage's inputs the one that is to be shipped: the last one that has graphs."""
+    return next(inputs[name] for name in ("compile", "adapters", "quantize") if name in inputs)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,16 @@ class Manifest:
     def files(self) -> dict[str, tuple[int, str]]:
         """Relative path → size in bytes and sha256, of every file but the manifest and SHA256SUMS."""
         return {name: (entry["size"], entry["sha256"]) for name, entry in self.data["files"].items()}
+
+    @property
+    def task(self) -> str:
+        """What the package is for, see `pipeline.task`."""
+        return str(self.data.get("task", GENERATE))
+
+    @property
+    def generates(self) -> bool:
+        """Whether it generates text, and is run by onnxruntime-genai."""
+        return TASKS[self.task].generates
 
     @property
     def digest(self) -> str:
@@ -223,6 +239,8 @@ def _schema_problem(data: Any) -> str:
     for key, kind in _REQUIRED.items():
         if not isinstance(data.get(key), kind):
             return f"`{key}` is missing or of the wrong type"
+    if data.get("task", GENERATE) not in TASKS:
+        return f"task {data['task']!r} is none of {', '.join(TASKS)}"
     if not data["name"].isprintable():  # it goes to terminals
         return f"name {data['name']!r} cannot be printed"
     return next(filter(None, (_entry_problem(name, entry) for name, entry in data["files"].items())), "")

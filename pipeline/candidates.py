@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from pipeline.graph import Weight
     from pipeline.reference import Reference
 
-VERSION = 3
+VERSION = 4
 # Of each domain this many tokens are read to measure a weight: enough to rank weights, which differ a hundredfold.
-_WINDOWS, _TOKENS = 4, 96
+_WINDOWS, _TOKENS = 4, 64
 # And so many of the likeliest tokens at each position are told apart.
 _LIKELIEST = 64
 _HEAD = (
@@ -43,7 +43,7 @@ _HEAD = (
     WeightScheme(bits=4, block_size=32, symmetric=False),
     WeightScheme(bits=8, block_size=128, symmetric=True),
 )
-# One of them is measured: the loss of the others follows from how much less or more they change the weight's products.
+# One of them is measured: the loss of the others follows from how much less or more they change the weight.
 _BODY = (WeightScheme(bits=4, block_size=64, symmetric=False), *_HEAD)
 
 
@@ -133,7 +133,7 @@ def _choices(loaded: Loaded, role: str) -> list[WeightScheme]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A weight quantized by one scheme: its bytes, the error of its products, and itself where it is measured."""
+    """A weight quantized by one scheme: its bytes, its relative error, and itself where its loss is measured."""
 
     scheme: WeightScheme
     size: int
@@ -177,7 +177,7 @@ def _trials(
     progress: Progress,
 ) -> dict[str, list[_Trial]]:
     """Every weight by every scheme, by the recipe's algorithm, from the inputs that it has in the unquantized model."""
-    from pipeline import blockwise, calibration, gptq
+    from pipeline import blockwise, calibration
     from pipeline.external_data import read_tensor
 
     scheme = loaded.recipe.quantize
@@ -191,16 +191,14 @@ def _trials(
         choices = _choices(loaded, weight.role)
         measured = [given for given in choices if given.bits == 4][-1]
         for given in choices:
-            if walk:
-                result = walk.quantize(weight.path, values, given)
-            else:
-                result = blockwise.quantize(values, given.bits, given.block_size, given.symmetric)
-            error = result.relative_error
-            if walk and weight.role == "body":
-                restored = blockwise.dequantize(result, given.bits, weight.columns)
-                error = gptq.loss(walk.of(weight.path), restored - values)
-            kept = result if weight.role == "head" or given is measured else None
-            found.setdefault(weight.path, []).append(_Trial(given, _size(weight, given, values.itemsize), error, kept))
+            # How the errors of two schemes compare hardly depends on the algorithm that rounds.
+            plain = blockwise.quantize(values, given.bits, given.block_size, given.symmetric)
+            kept = weight.role == "head" or given is measured
+            result = walk.quantize(weight.path, values, given) if walk and kept else plain
+            size = _size(weight, given, values.itemsize)
+            found.setdefault(weight.path, []).append(
+                _Trial(given, size, plain.relative_error, result if kept else None)
+            )
         progress((done + 1) / len(weights), weight.path)
     return found
 

@@ -80,7 +80,7 @@ minute, whether it computes what was validated: at least {manifest["replay"]["to
 within {manifest["replay"]["logprob"]:g} nats on average. With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too,
 and `qwen-onnx generate DIR --prompt "..."` answers.
 
-Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
+{_thinking(validation)}Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
 `qwen-onnx generate` takes them as plain text.
 
 ## How close it is to the original
@@ -100,11 +100,11 @@ KL divergence is in nats a token.
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
 difference. `report.html` shows every figure, gate and answer, and `validation.json` has them for programs.
 
-{_pictures(validation["images"]) if sees else ""}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
+{_pictures(validation["images"]) if sees else ""}{_adapters(manifest, validation)}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
-
+{_extended(validation)}
 ## Where it comes from
 
 | | |
@@ -116,6 +116,34 @@ for the texts they were measured on; measure on your own before you depend on th
 | needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
 
 `manifest.json` names the recipe, every step, every tool version and every file.
+"""
+
+
+def _extended(validation: Mapping[str, Any]) -> str:
+    """What is known of positions beyond the window that the weights were trained for; nothing where there are none."""
+    facts = validation.get("extended")
+    if not facts:
+        return ""
+    known = f"nothing was measured beyond {facts['measured']} tokens"
+    if long := validation.get("long"):
+        known = (
+            f"over the last {long['positions']} of {long['tokens']} tokens mean KL is {long['mean_kl']:.4f} and top-1 agreement "
+            f"{long['top1']:.1%}, and nothing was measured beyond"
+        )
+    return f"""
+The context was extended from {facts["original"]} to {facts["context"]} tokens (YaRN): {known}. Scaled positions also change
+answers to short texts a little, in the original as here.
+"""
+
+
+def _thinking(validation: Mapping[str, Any]) -> str:
+    """What is particular to models that can think before they answer, and leave it."""
+    if not validation["chat_template"].get("thinking"):
+        return ""
+    return """The model thinks before it answers, between `<think>` and `</think>`, unless its chat template is told not to (`enable_thinking`),
+which the runtime's own renderer cannot do: render `chat_template.jinja` yourself, or use `qwen-onnx generate --no-thinking`. It shows
+thoughts apart from the answer, and `--thinking-budget N` ends them after N tokens. Leave thoughts out of earlier turns.
+
 """
 
 
@@ -135,6 +163,46 @@ makes it wait for ever: check files before you hand them over, as `qwen-onnx gen
 the results together: it mixes up several pictures of different sizes without a word. `prepare` and `feed` in `replay.py` show how.
 After an answer, `rewind_to` the last token and append it together with what follows.
 
+"""
+
+
+def _adapters(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
+    """How to answer with the package's LoRA adapters, and how close that is; nothing for packages without slots."""
+    if "adapters" not in manifest:
+        return ""
+    more = """`qwen-onnx adapter DIR PEFT_DIR --name NAME` converts another adapter of this checkpoint for this package, and
+`qwen-onnx generate DIR --adapter FILE` answers with it; nobody has validated it then.
+"""
+    if not manifest["adapters"]:
+        return f"## Adapters\n\nThe graph has slots for LoRA adapters, and none comes along.\n{more}\n"
+    rows = "\n".join(
+        f"| {name} | {facts['rank']} | {facts['license']} | {found['decode']['mean_kl']:.4f} "
+        f"| {found['decode']['top1']:.1%} | {found['greedy']['agreement']:.0%} |"
+        for name, facts in manifest["adapters"].items()
+        for found in (validation["adapters"][name],)
+    )
+    name = next(iter(manifest["adapters"]))
+    return f"""## Adapters
+
+LoRA adapters lie beside the weights as `NAME.onnx_adapter`. One generator answers with one of them, or with none:
+
+```python
+adapters = og.Adapters(model)
+adapters.load("{name}.onnx_adapter", "{name}")
+generator = og.Generator(model, parameters)
+generator.set_active_adapter(adapters, "{name}")  # once, before append_tokens
+```
+
+The runtime does not refuse a second adapter, nor one that comes after the prompt: the answer would be of a mixture. With
+qwen-onnx installed, `qwen-onnx generate DIR --adapter {name} --prompt "..."` does it right.
+
+Each was measured against the checkpoint in float32 with peft's own adapter, on the decode path:
+
+| adapter | largest rank (those of q, k and v add up) | licence | mean KL | top-1 agreement | greedy agreement |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+{more}
 """
 
 
@@ -184,7 +252,16 @@ def notice(manifest: Mapping[str, Any], original: str = "") -> str:
 
 Changed from the original: the weights were converted to ONNX and quantized
 ({scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
-""" + (f"\nThe notices of the original:\n\n{original}" if original else "")
+{_whose(manifest)}""" + (f"\nThe notices of the original:\n\n{original}" if original else "")
+
+
+def _whose(manifest: Mapping[str, Any]) -> str:
+    """The licences of adapters."""
+    rows = [
+        f"The adapter {name} is licensed under {facts['license']}."
+        for name, facts in manifest.get("adapters", {}).items()
+    ]
+    return "\n".join(["", *rows, ""]) if rows else ""
 
 
 def scheme(quantize: Mapping[str, Any]) -> str:

@@ -6,10 +6,11 @@ types never becomes a control token: what the template writes is tokenized with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """Token ids of a conversation with the prompt for an answer at its end.
 
+        ``variables`` are what else the template takes, such as ``tools`` or ``enable_thinking``.
+
         A control token in any text that is given (of a message, a tool, an argument) is hidden from the template behind
         a mark, and comes back as literal text: only the template writes control tokens. Tokens that a model writes
         itself, such as ``<think>``, are none (their ``special`` is false), and are read as transformers reads them.
@@ -82,6 +85,18 @@ class Tokenizer:
                 if nonce in part:
                     raise UsageError("the chat template cuts a message with a control token in pieces")
         return ids
+
+    def takes(self, variable: str) -> bool:
+        """Whether the chat template reads a variable of that name, such as ``enable_thinking``.
+
+        Raises:
+            UsageError: the template cannot be read.
+            RuntimeMissing: jinja2 is not installed.
+        """
+        if variable not in self.template:  # which spares most templates the process that reads them
+            return False
+        with _told("the chat template cannot be read"):
+            return variable in sandbox.names(self.template)
 
     def _controls(self) -> list[str]:
         """The texts of all control tokens, longer ones first."""
@@ -158,9 +173,16 @@ def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
         raise UsageError("the package has no chat template", fix="use --raw to continue the prompt as it stands")
     # As transformers' apply_chat_template: what is not given is none, rather than undefined.
     given = {"tools": None, "documents": None, "add_generation_prompt": True, **variables, "messages": list(messages)}
-    try:
+    with _told("the chat template cannot render these messages"):
         return sandbox.render(template, given)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Tell in the project's own errors what `pipeline.template` raises."""
+    try:
+        yield
     except ImportError as error:
         raise RuntimeMissing("jinja2 is not installed", why=str(error), fix="pip install '.[serve]'") from None
     except ValueError as error:
-        raise UsageError("the chat template cannot render these messages", why=str(error)) from None
+        raise UsageError(what, why=str(error)) from None

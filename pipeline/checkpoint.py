@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint_files, digest, download, gguf
+from pipeline import checkpoint_files, digest, download, gguf, qwen1, qwen1_layout
+from pipeline import headless as headless_files
 from pipeline.artifact import Progress
 from pipeline.errors import CheckpointError, DownloadError, QwenOnnxError
 from pipeline.recipe import Checkpoint, HubSource, LocalSource, WheelSource
@@ -96,8 +99,13 @@ def _from_source(
     return path
 
 
-def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progress) -> dict[str, Any]:
+def prepare(
+    source: Path, adapter: Path | None, out_dir: Path, progress: Progress, headless: bool = False
+) -> dict[str, Any]:
     """Write a checkpoint as ``config.json``, safetensors and tokenizer files, with an adapter merged in.
+
+    Args:
+        headless: whether it may lack a head, as embedding models do; what is written then tells of one.
 
     Returns:
         facts: the `Shape`, and the number of parameters.
@@ -112,16 +120,21 @@ def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progres
     if source.is_file():
         facts = gguf.convert(source, out_dir, progress)
     else:
-        checkpoint_files.check_directory(source)
-        for path in checkpoint_files.parts(source):
-            progress(0.1, f"copying {path.name}")
-            shutil.copyfile(path, out_dir / path.name)
-        checkpoint_files.write_chat_template(out_dir)
+        checkpoint_files.check_directory(source, headless)
+        if qwen1_layout.is_qwen1(json.loads((source / "config.json").read_bytes())):
+            facts = qwen1.convert(source, out_dir, progress)
+        else:
+            for path in checkpoint_files.parts(source):
+                progress(0.1, f"taking {path.name}")
+                _take(path, out_dir / path.name)
+            checkpoint_files.write_chat_template(out_dir)
+        if headless:
+            headless_files.complete(out_dir)
     if adapter:
         _check_mergeable(out_dir)
         progress(0.6, "merging the adapter")
         _merge(out_dir, adapter)
-    shape = checkpoint_files.check_directory(out_dir)
+    shape = checkpoint_files.check_directory(out_dir, headless)
     return {**facts, **shape}
 
 
@@ -133,6 +146,18 @@ def _check_mergeable(folder: Path) -> None:
             why="peft reads them as those of a model of text alone",
             fix="merge it with its own tools, and give the merged checkpoint",
         )
+
+
+def _take(source: Path, target: Path) -> None:
+    """A file; weights without a second copy of their bytes, where the disk allows that: the store notices changes."""
+    if source.suffix == ".safetensors":  # never written to in place
+        try:
+            os.link(source.resolve(), target)
+        except OSError:  # another disk, or one without hard links
+            pass
+        else:
+            return
+    shutil.copyfile(source, target)
 
 
 def _merge(folder: Path, adapter: Path) -> None:

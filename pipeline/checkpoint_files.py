@@ -6,17 +6,19 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest
+from pipeline import digest, qwen1_layout, qwen1_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.family import FAMILIES, Family, Shape, read_shape
+from pipeline.headless import full_name
 from pipeline.vision import Vision, expected, prefixes, read_vision
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREPROCESSOR, _CHAT_TEMPLATE = "preprocessor_config.json", "chat_template.json"
 # Files beside config.json that may ask for code, and what they are for.
 _ASKING = {
@@ -25,16 +27,21 @@ _ASKING = {
     "processor_config.json": "processor",
     "video_preprocessor_config.json": "video processor",
 }
-_ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ADAPTER, _ADAPTER_CONFIG = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # A shard of a thousand tensors has 100 kB of header; the format's own limit of 100 MB would cost a gigabyte to parse.
 _MAX_JSON = 16_000_000
 _MAX_TOKENIZER = 64_000_000
 _FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-_WIDTHS = {"BOOL": 1, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4} | {
+WIDTHS = {"BOOL": 1, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4} | {
     "I64": 8,
     "U64": 8,
     **_FLOATS,
 }
+# How another library runs embedding models; what they say is in `pipeline.task`.
+_FOREIGN = ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")
+# A name that only the classes without a head have, and what to do with a checkpoint of theirs.
+_EMBEDDING = "embed_tokens.weight"
+_NO_HEAD = "it has no head to generate with: if it is an embedding model, set `task: embed` in the recipe"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name → dtype and shape
 
 
@@ -46,8 +53,8 @@ def tree_digest(folder: Path) -> str:
 
 def is_part(name: str) -> bool:
     """Whether a file of that name is part of a checkpoint: weights, configuration, tokenizer, licence."""
-    return (
-        name.endswith((".safetensors", ".json", ".jinja"))
+    return name not in _FOREIGN and (
+        name.endswith((".safetensors", ".json", ".jinja", ".tiktoken"))
         or name in ("merges.txt", "vocab.txt")
         or name.startswith(("LICENSE", "NOTICE"))
     )
@@ -57,28 +64,32 @@ def parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_part(path.name) and path.is_file())
 
 
-def check_directory(folder: Path) -> dict[str, Any]:
+def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
     """Check a checkpoint; returns its `Shape` and the number of parameters as facts.
+
+    Args:
+        headless: whether it may lack a head, and the full names of weights (`pipeline.headless`).
 
     Raises:
         CheckpointError: it is damaged, unsafe, incomplete or of no supported family.
     """
     _check_links(folder)
-    weights = _weights(folder)
-    for path in parts(folder):
-        if path.suffix == ".json":
-            settings = _read_json(path, _MAX_TOKENIZER if path.name == "tokenizer.json" else _MAX_JSON)
-            if path.name in _ASKING and "auto_map" in settings:
-                raise CheckpointError(
-                    f"the checkpoint's {_ASKING[path.name]} asks for code of its own (auto_map)",
-                    where=str(path),
-                    why="running a checkpoint's code would give it this machine",
-                    fix=f"use a checkpoint whose {_ASKING[path.name]} transformers has built in",
-                )
+    files = weight_files(folder)
+    found = {path.name: _read_json(path, _limit(path)) for path in parts(folder) if path.suffix == ".json"}
     config = folder / "config.json"
-    if not config.is_file():
+    # The code of Qwen 1.0 is known, and never run: the checkpoint is converted.
+    convertible = qwen1_layout.is_qwen1(found.get(config.name))
+    for name, what in _ASKING.items():
+        if "auto_map" in found.get(name, {}) and not convertible:
+            raise CheckpointError(
+                f"the checkpoint's {what} asks for code of its own (auto_map)",
+                where=str(folder / name),
+                why="running a checkpoint's code would give it this machine",
+                fix=f"use a checkpoint whose {what} transformers has built in",
+            )
+    if config.name not in found:
         raise CheckpointError("the checkpoint has no config.json", where=str(folder), fix="copy it from the publisher")
-    settings = _read_json(config, _MAX_JSON)
+    settings = found[config.name]
     shape = read_shape(settings, str(config))
     if settings.get("quantization_config"):
         raise CheckpointError(
@@ -87,7 +98,9 @@ def check_directory(folder: Path) -> dict[str, Any]:
             why="rounding it again would add to its error",
             fix="use the publisher's float checkpoint, or its GGUF file",
         )
-    if not (folder / "tokenizer.json").is_file():
+    if convertible:
+        qwen1_tokenizer.read(folder / qwen1_tokenizer.FILE, shape.vocabulary)
+    elif not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             "the checkpoint has no tokenizer.json",
             where=str(folder),
@@ -102,13 +115,25 @@ def check_directory(folder: Path) -> dict[str, Any]:
             fix="copy it from the publisher",
         )
     tensors: Tensors = {}
-    for path in weights:
-        found = _check_safetensors(path)
-        if twice := sorted(found.keys() & tensors.keys()):
+    for path in files:
+        more = read_tensors(path)
+        if twice := sorted(more.keys() & tensors.keys()):
             raise CheckpointError(f"two shards have the tensor {twice[0]}", where=str(path), fix="fetch them again")
-        tensors |= found
-    _check_tensors(tensors, _expected(shape, vision, tensors), folder)
+        tensors |= more
+    if headless:
+        tensors = {full_name(name): tensor for name, tensor in tensors.items()}
+        shape = replace(shape, tied=True)
+    if convertible:
+        as_qwen2 = qwen1_layout.as_qwen2(settings, str(config))
+        _check_tensors(tensors, {name: dims for name, dims, _ in qwen1_layout.weights(as_qwen2)}, folder)
+    else:
+        _check_tensors(tensors, dict(_expected(shape, vision, tensors)), folder)
     return {**vars(shape), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
+
+
+def _limit(path: Path) -> int:
+    """How many bytes of a JSON file are read."""
+    return _MAX_TOKENIZER if path.name == "tokenizer.json" else _MAX_JSON
 
 
 def _check_links(folder: Path) -> None:
@@ -123,32 +148,17 @@ def _check_links(folder: Path) -> None:
             )
 
 
-def _weights(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: one, or the shards that the index names."""
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if index.is_file():
-        names = _read_json(index, _MAX_JSON).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError("the index of the shards has no weight_map", where=str(index))
-        shards = sorted(set(names.values()))
-        for name in shards:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"the index names {name!r}, which is no safetensors file beside it", where=str(index)
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"the shard {name} is missing", where=str(index), fix="fetch the checkpoint again"
-                )
-        return [folder / name for name in shards]
+        return [folder / name for name in check_shards(folder, _names(folder))]
     unsafe = sorted(path.name for path in folder.iterdir() if path.suffix in _UNSAFE)
     files = sorted(path.name for path in folder.iterdir() if path.suffix == ".gguf")
     reason = f"it has {', '.join(unsafe)}: loading a pickle runs its code" if unsafe else ""
-    remedy = (
-        "convert it to safetensors where you trust it" if unsafe else f"the weights are in {_SINGLE} or in {_INDEX}"
-    )
+    remedy = "convert it to safetensors where you trust it" if unsafe else f"the weights are in {SINGLE} or in {INDEX}"
     raise CheckpointError(
         "the checkpoint has no safetensors",
         where=str(folder),
@@ -157,10 +167,35 @@ def _weights(folder: Path) -> list[Path]:
     )
 
 
-def _check_tensors(tensors: Tensors, expected: Iterable[tuple[str, tuple[int, ...]]], folder: Path) -> None:
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def check_shards(folder: Path, present: Collection[str]) -> list[str]:
+    """The shards that the index in ``folder`` names, all of which must be ``present``; none without an index.
+
+    Raises:
+        CheckpointError: one is missing, or the index is damaged.
+    """
+    index = folder / INDEX
+    if SINGLE in present or not index.is_file():
+        return []
+    names = _read_json(index, _MAX_JSON).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("the index of the shards has no weight_map", where=str(index))
+    shards = sorted(set(names.values()))
+    for name in shards:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"the index names {name!r}, which is no safetensors file beside it", where=str(index))
+        if name not in present:
+            raise CheckpointError(f"the shard {name} is missing", where=str(index), fix="fetch the checkpoint again")
+    return shards
+
+
+def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], folder: Path) -> None:
     """What is missing would be filled with random values, without an error, when the model is loaded."""
     wrong = []
-    for name, dims in expected:
+    for name, dims in expected.items():
         if name not in tensors:
             wrong.append(f"{name} is missing")
         elif tensors[name][1] != dims:
@@ -173,7 +208,7 @@ def _check_tensors(tensors: Tensors, expected: Iterable[tuple[str, tuple[int, ..
             "the weights are not those that config.json describes",
             where=str(folder),
             why="; ".join(wrong[:3]) + more,
-            fix="fetch the checkpoint again, or correct its config.json",
+            fix=_NO_HEAD if _EMBEDDING in tensors else "fetch the checkpoint again, or correct its config.json",
         )
 
 
@@ -254,8 +289,8 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
     return value
 
 
-def _check_safetensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file, whose header must account for every byte of it, once."""
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file in the order of their bytes; its header must account for each byte, once."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -298,9 +333,9 @@ def _read_header(header: bytes) -> tuple[Tensors, int]:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, dims, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if dtype not in _WIDTHS or any(type(number) is not int or number < 0 for number in (*dims, first, last)):
+        if dtype not in WIDTHS or any(type(number) is not int or number < 0 for number in (*dims, first, last)):
             raise ValueError(f"{name} has an unknown dtype, or a size or offset that is no natural number")
-        if first != end or last - first != math.prod(dims) * _WIDTHS[dtype]:
+        if first != end or last - first != math.prod(dims) * WIDTHS[dtype]:
             raise ValueError(f"{name} does not lie where the tensor before it ends, or has not the size of its shape")
         tensors[name], end = (dtype, dims), last
     return tensors, end
@@ -319,7 +354,12 @@ def check_adapter(adapter: Path) -> Tensors:
             why=f"it has {', '.join(unsafe)}: loading a pickle runs its code" if unsafe else "",
             fix="save it as safetensors where you trust it",
         )
-    kind = _read_json(adapter / _ADAPTER_CONFIG, _MAX_JSON).get("peft_type")
+    kind = adapter_settings(adapter).get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"the adapter is {kind!r}, not LORA", where=str(adapter / _ADAPTER_CONFIG))
-    return _check_safetensors(adapter / _ADAPTER)
+    return read_tensors(adapter / _ADAPTER)
+
+
+def adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The content of an adapter's ``adapter_config.json``."""
+    return _read_json(adapter / _ADAPTER_CONFIG, _MAX_JSON)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, bench_loop, commands
+from pipeline import __version__, adapter_commands, bench_loop, commands, model_commands, retrieval_commands
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]
@@ -55,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
     build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
+    _locked_option(build)
     _store_option(build)
     _json_option(build)
 
     plan = _command(root, "plan", commands.plan, "show the steps of a recipe, what is cached and what they need")
     plan.add_argument("recipe", type=Path)
+    _locked_option(plan)
     _store_option(plan)
     _json_option(plan)
 
@@ -78,10 +80,46 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(tune)
     _json_option(tune)
 
+    _model_commands(root)
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
     return parser
+
+
+def _model_commands(root: Any) -> None:
+    models = _command(root, "models", model_commands.models, "list the Qwen models, and what each needs")
+    models.add_argument(
+        "--task", default="", help="what it should be made for: chat, code, math, thinking, vision, ..."
+    )
+    models.add_argument("--family", default="", help="model type, such as qwen3")
+    _device_options(models)
+    models.add_argument("--plan", default="", metavar="NAME", help="show what building one would need, step by step")
+    models.add_argument("--scheme", default="int4", help="of the build that --plan shows (default: %(default)s)")
+    models.add_argument("--exporter", default="", help="of the build that --plan shows (default: the scheme's)")
+    _json_option(models)
+
+    choose = _command(root, "choose", model_commands.choose, "propose a model and a scheme that fit, and their recipe")
+    choose.add_argument("--task", default="chat", help="what it should be made for (default: %(default)s)")
+    text = "what the device has for the model, such as 4GB or 3.5GiB"
+    choose.add_argument("--memory", type=model_commands.memory, required=True, metavar="SIZE", help=text)
+    choose.add_argument("--family", default="", help="model type, such as qwen3")
+    _device_options(choose)
+    choose.add_argument("--research", action="store_true", help="also models whose licence allows research only")
+    _json_option(choose)
+
+    lock = _command(root, "lock", model_commands.lock, "write the commit and digest of a recipe's checkpoint into it")
+    lock.add_argument("recipe", type=Path)
+    text = "take this branch, tag or commit instead of the recipe's, and its bytes"
+    lock.add_argument("--revision", default="", help=text)
+    _json_option(lock)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="cpu", help="(default: %(default)s)")
+    text = "tokens of prompt and answer (default: %(default)s)"
+    parser.add_argument("--context", type=model_commands.positive, default=4096, metavar="N", help=text)
+    parser.add_argument("--recipes", type=Path, default=commands.RECIPES, metavar="DIR", help="(default: %(default)s)")
 
 
 def _recipe_commands(root: Any) -> None:
@@ -126,6 +164,10 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help=text)
     generate.add_argument("--system", help="system message")
     generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
+    text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
+    generate.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)
+    text = "end its thoughts after N tokens; they are shown on standard error, and apart with --json"
+    generate.add_argument("--thinking-budget", type=int, metavar="N", help=text)
     generate.add_argument("--max-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     generate.add_argument("--top-p", type=float, default=0.8, help="(default: %(default)s)")
@@ -133,11 +175,15 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--seed", type=int)
     text = "look drafts up in the prompt and verify many tokens at once: fast where an answer repeats it (greedy only)"
     generate.add_argument("--lookup", action="store_true", help=text)
+    text = "answer with a LoRA adapter of the package, by name, or with a file (….onnx_adapter) that `adapter` wrote"
+    generate.add_argument("--adapter", action="append", default=[], metavar="NAME", help=text)
     generate.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
     _provider_option(generate)
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
+    _retrieval_commands(root)
+    _adapter_command(root)
     _bench_command(root)
 
     report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
@@ -151,6 +197,45 @@ def _package_commands(root: Any) -> None:
 
     targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
     _json_option(targets)
+
+
+def _retrieval_commands(root: Any) -> None:
+    embed = _command(root, "embed", retrieval_commands.embed, "turn texts into vectors with a package that embeds")
+    embed.add_argument("package", type=Path)
+    text = "a document, as it is, or - for standard input; may be given again"
+    embed.add_argument("--text", action="append", default=[], help=text)
+    text = "a query, with the instruction before it; may be given again"
+    embed.add_argument("--query", action="append", default=[], metavar="TEXT", help=text)
+    text = "keep the first N dimensions, of models that were trained for it"
+    embed.add_argument("--dimensions", type=int, metavar="N", help=text)
+    rerank = _command(
+        root, "rerank", retrieval_commands.rerank, "score documents for a query with a package that ranks"
+    )
+    rerank.add_argument("package", type=Path)
+    rerank.add_argument("--query", required=True, metavar="TEXT")
+    text = "a document, or - for standard input; may be given again"
+    rerank.add_argument("--document", action="append", required=True, metavar="TEXT", help=text)
+    for parser in (embed, rerank):
+        parser.add_argument("--instruct", metavar="TEXT", help="what queries are for (default: to search the web)")
+        parser.add_argument("--truncate", action="store_true", help="cut what is longer than the model takes")
+        parser.add_argument("--threads", type=int, help="processor threads (default: all cores)")
+        parser.add_argument("--trust", action="store_true", help="skip the digests of a package verified before")
+        _json_option(parser)
+
+
+def _adapter_command(root: Any) -> None:
+    adapter = _command(
+        root,
+        "adapter",
+        adapter_commands.convert,
+        "convert a LoRA adapter for a package with slots, without building it again",
+    )
+    adapter.add_argument("package", type=Path)
+    adapter.add_argument("adapter", type=Path, metavar="PEFT_DIR", help="directory that peft saved")
+    adapter.add_argument("--name", required=True, help="how it is called")
+    adapter.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME.onnx_adapter)")
+    adapter.add_argument("--license", metavar="SPDX", help="identifier of its licence")
+    _json_option(adapter)
 
 
 def _bench_command(root: Any) -> None:
@@ -187,6 +272,11 @@ def _command(root: Any, name: str, run: Command, text: str) -> argparse.Argument
     parser: argparse.ArgumentParser = root.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(command=run)
     return parser
+
+
+def _locked_option(parser: argparse.ArgumentParser) -> None:
+    text = "refuse a recipe that names a branch or tag, as is done in CI"
+    parser.add_argument("--locked", action="store_true", help=text)
 
 
 def _store_option(parser: argparse.ArgumentParser) -> None:

@@ -8,28 +8,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import GateError, QwenOnnxError, UsageError
+from pipeline.task import GENERATE
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
-    from pipeline.generate import Sampling
-    from pipeline.images import Picture
     from pipeline.recipe import Loaded
     from pipeline.store import Store
 
 RECIPES = Path("recipes")
 
 
-def _load(path: Path) -> tuple[Loaded, list[Step]]:
-    from pipeline import plan, recipe
+def _load(path: Path, options: argparse.Namespace) -> tuple[Loaded, list[Step]]:
+    from pipeline import plan
+
+    loaded = _locked(path, options)
+    return loaded, plan.make(loaded)
+
+
+def _locked(path: Path, options: argparse.Namespace) -> Loaded:
+    """A recipe, with the commit of today where it names a branch; CI refuses that."""
+    from pipeline import recipe
 
     loaded = recipe.load(path)
-    return loaded, plan.make(loaded)
+    if any(source.type == "hub" and not source.locked for source in loaded.recipe.checkpoint.sources):
+        from pipeline import lock
+
+        return lock.pinned(loaded, lock.is_strict(getattr(options, "locked", False)), _aside)
+    return loaded
 
 
 def _open_store(options: argparse.Namespace) -> Store:
@@ -41,7 +51,9 @@ def _open_store(options: argparse.Namespace) -> Store:
 def build(options: argparse.Namespace) -> int:
     from pipeline import index, report, runner
 
-    loaded, steps = _load(options.recipe)
+    loaded, steps = _load(options.recipe, options)
+    if options.prompt and loaded.recipe.task != GENERATE:
+        raise UsageError(f"a package that can {loaded.recipe.task} answers no --prompt", fix="leave out --prompt")
     store = _open_store(options)
     reporter = report.reporter(options.json)
     try:
@@ -57,7 +69,8 @@ def build(options: argparse.Namespace) -> int:
         validation = json.loads(Path(error.where).read_bytes())
         if not options.json:
             print(report.validation(validation))
-        fix = tune.repair(loaded, store, validation) or error.fix
+        fix = tune.repair(loaded, store, validation) if loaded.recipe.task == GENERATE else ""
+        fix = fix or error.fix
         raise GateError(error.what, where=error.where, why=error.why, fix=fix) from None
     finally:
         reporter.close()
@@ -76,67 +89,22 @@ def build(options: argparse.Namespace) -> int:
 
 def _answer(folder: Path, prompt: str) -> None:
     """Let a package that was just built and verified answer a prompt, where it was validated."""
-    from pipeline import chat, machine
+    from pipeline import answer, chat, machine
     from pipeline.artifact import read_manifest
+    from pipeline.thinking import VARIABLE
 
     target = read_manifest(folder).data["target"]
     elsewhere = machine.elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"])
     limit = 4 if "emulator" in target["validated_device"] else 160  # a token takes an emulator a quarter of a minute
     print(f"\n> {prompt}\n")
-    asked = chat.load(folder).encode_chat([{"role": "user", "content": prompt}])
-    _stream(folder, asked, limit, provider="cpu" if elsewhere else "")
+    tokenizer = chat.load(folder)
+    briefly = {VARIABLE: False} if tokenizer.takes(VARIABLE) else {}  # thoughts alone would fill the limit
+    asked = tokenizer.encode_chat([{"role": "user", "content": prompt}], **briefly)
+    settings = answer.Settings(limit, provider="cpu" if elsewhere else "", split=answer.splits(tokenizer))
+    answer.stream(folder, tokenizer, asked, settings)
     if elsewhere:
         device = f"{target['validated_on']} ({target['validated_device']})"
         print(f"(answered by {device}, not on {elsewhere})", file=sys.stderr)
-
-
-def _stream(
-    folder: Path,
-    prompt: Sequence[int],
-    limit: int,
-    threads: int | None = None,
-    sampling: Sampling | None = None,
-    as_json: bool = False,
-    provider: str = "",
-    lookup: bool = False,
-    pictures: Sequence[Picture] = (),
-) -> None:
-    """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
-    import time
-
-    from pipeline import chat, generate, session, speculation
-
-    opened = session.open_package(folder, threads, provider)
-    counts = speculation.Counts()
-    prompt, prepared = generate.show(opened, prompt, pictures)
-    tokens = (
-        speculation.stream(opened, prompt, limit, sampling, counts)
-        if lookup
-        else generate.stream(opened, prompt, limit, sampling, prepared)
-    )
-    text = generate.TextStream(chat.load(folder))
-    begin = time.perf_counter()
-    first, count = 0.0, 0
-    for token in tokens:
-        count += 1
-        first = first or time.perf_counter() - begin
-        piece = text.push(token)
-        print(
-            json.dumps({"token": token, "text": piece}) if as_json else piece, end="\n" if as_json else "", flush=True
-        )
-    took = time.perf_counter() - begin - first
-    speed = (count - 1) / took if count > 1 and took > 0 else 0.0
-    if as_json:
-        ended = "length" if count == generate.room(opened, len(prompt), limit) else "eos"
-        facts = {"prompt_tokens": len(prompt), "tokens": count, "ended": ended}
-        times: dict[str, Any] = {"seconds_to_first": round(first, 3), "tokens_per_second": round(speed, 1)}
-        times |= {"lookup": asdict(counts)} if lookup else {}
-        print(json.dumps({"done": True, "text": text.rest(), **facts, **times}), flush=True)
-        return
-    print(text.rest(), flush=True)
-    rate = f", {speed:.0f} tokens/s" if speed else ""
-    rate += f"; {counts.accepted} of {counts.drafted} drafted tokens accepted" if lookup else ""
-    print(f"({len(prompt)} + {count} tokens, first after {first:.2f} s{rate})", file=sys.stderr)
 
 
 def report(options: argparse.Namespace) -> int:
@@ -149,7 +117,7 @@ def report(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     from pipeline import report, runner
 
-    loaded, steps = _load(options.recipe)
+    loaded, steps = _load(options.recipe, options)
     store = _open_store(options)
     cached = {step.stage: store.get(step.stage, step.key) for step in steps}
     needed = runner.need(steps, store)
@@ -166,9 +134,11 @@ def plan(options: argparse.Namespace) -> int:
 def tune(options: argparse.Namespace) -> int:
     from pipeline import recipe, report, tune
 
-    _positive(options, "max_kl", "max_bytes", "min_decode_ratio")
+    check_positive(options, "max_kl", "max_bytes", "min_decode_ratio")
     out = options.out or options.recipe.with_name(f"{options.recipe.stem}-tuned.yaml")
     loaded = recipe.load(options.recipe)
+    if loaded.recipe.task != GENERATE:
+        raise UsageError(f"tune measures what a model generates, and this recipe's is to {loaded.recipe.task}")
     given = {key: getattr(options, key) for key in recipe.Objective.model_fields}
     if (options.min_decode_ratio or 0) > 1:
         raise UsageError("--min-decode-ratio is above 1", why="nothing is faster than each weight's fastest scheme")
@@ -271,7 +241,7 @@ def store_gc(options: argparse.Namespace) -> int:
     keep: set[str] = set()
     for path in paths:
         try:
-            keep.update(step.key for step in _load(path)[1])
+            keep.update(step.key for step in _load(path, options)[1])
         except QwenOnnxError as error:
             if options.keep:
                 raise
@@ -289,27 +259,43 @@ def verify(options: argparse.Namespace) -> int:
     facts["files"] = len(manifest.files) + 2
     if options.replay:
         facts["runtime"] = verify.check_runtime(manifest)
-        facts["replay"] = verify.replay(options.package, options.provider)
+        facts["replay"] = (
+            verify.replay(options.package, options.provider)
+            if manifest.generates
+            else verify.replay_retrieval(options.package)
+        )
     if options.json:
         print(json.dumps(facts))
         return 0
     print(f"{facts['name']}: {facts['files']} files are as built, configuration and external data are safe")
     print(f"digest {facts['digest']}")
-    if options.replay:
+    if options.replay and not manifest.generates:
+        from pipeline import retrieval_replay
+
+        print(f"replay with onnxruntime {facts['runtime']}: {retrieval_replay.told(facts['replay'])}")
+    elif options.replay:
         result = facts["replay"]
         print(
             f"replay with onnxruntime-genai {facts['runtime']} on {result['provider']}: {result['identical']} of "
             f"{result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} tokens ranked first, "
             f"log-probabilities within {result['logprob']:.4f} nats on average"
         )
+        for name, part in result.get("adapters", {}).items():
+            print(f"with {name}: {part['identical']} of {part['prompts']} answers identical")
     return 0
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import chat, images, verify
+    from pipeline import adapter_commands, answer, chat, images
     from pipeline.generate import Sampling
 
-    _positive(options, "max_tokens", "threads")
+    check_positive(options, "max_tokens", "threads", "thinking_budget")
+    if len(options.adapter) > 1:
+        raise UsageError(
+            f"--adapter was given {len(options.adapter)} times",
+            why="of two adapters the runtime would compute a mixture",
+            fix="answer with one of them, or merge them before they are converted",
+        )
     sampled = options.temperature != 0  # NaN is not 0 either
     sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -318,25 +304,70 @@ def generate(options: argparse.Namespace) -> int:
     pictures = [images.load(path) for path in options.image]
     if pictures and (options.raw or options.lookup):
         raise UsageError("--image goes with neither --raw nor --lookup", fix="leave them out")
-    if not options.trust:
-        verify.check_runtime(verify.package(options.package))
+    _check_thinking(options)
+    check_package(options, GENERATE)
+    adapter = adapter_commands.chosen(options.package, options.adapter[0], options.trust) if options.adapter else None
     tokenizer = chat.load(options.package)
     shown = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}] if pictures else text
     system = [{"role": "system", "content": options.system}] if options.system else []
-    prompt = (
-        tokenizer.encode(text, special=False)
-        if options.raw
-        else tokenizer.encode_chat([*system, {"role": "user", "content": shown}])
+    settings = answer.Settings(
+        options.max_tokens,
+        options.threads,
+        options.provider,
+        sampling,
+        options.lookup,
+        not options.raw and answer.splits(tokenizer),
+        options.thinking_budget,
+        options.json,
+        adapter,
+        tuple(pictures),
     )
-    given = options.threads, sampling, options.json, options.provider, options.lookup, pictures
-    _stream(options.package, prompt, options.max_tokens, *given)
+    if options.raw:
+        prompt = tokenizer.encode(text, special=False)
+    else:
+        variables = answer.thinking_variables(tokenizer, options.thinking)
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": shown}], **variables)
+    answer.stream(options.package, tokenizer, prompt, settings)
     return 0
 
 
-def bench(options: argparse.Namespace) -> int:
-    from pipeline import bench, measured, peers, report, verify
+def check_package(options: argparse.Namespace, task: str) -> None:
+    """Verify a package, unless it is trusted, and refuse one that is for something else.
 
-    _positive(options, "rounds", "threads")
+    Raises:
+        PackageError, RuntimeMissing: as `verify.package` and `verify.check_runtime`.
+        UsageError: it is made for another task.
+    """
+    from pipeline import verify
+    from pipeline.artifact import MANIFEST, read_manifest
+
+    if not options.trust:
+        verify.check_runtime(verify.package(options.package))
+    if not (options.package / MANIFEST).is_file():  # trusted, and not yet a package
+        return
+    found = read_manifest(options.package).task
+    if found != task:
+        raise UsageError(f"{options.package} is a package to {found}, not to {task}", fix=f"use `qwen-onnx {found}`")
+
+
+def _check_thinking(options: argparse.Namespace) -> None:
+    """Refuse options that contradict one another, before anything is read."""
+    budget = options.thinking_budget is not None
+    if options.raw and (budget or options.thinking is not None):
+        raise UsageError("--raw has no chat template, which is what tells a model to think", fix="leave out --raw")
+    if budget and options.thinking is False:
+        raise UsageError("--no-thinking leaves nothing for a --thinking-budget", fix="leave out one of them")
+    if budget and options.lookup:
+        raise UsageError(
+            "--lookup drafts from what was said, and cannot end thoughts in between",
+            fix="leave out --lookup, or --thinking-budget",
+        )
+
+
+def bench(options: argparse.Namespace) -> int:
+    from pipeline import bench, measured, peers, report
+
+    check_positive(options, "rounds", "threads")
     peers.check_names(options.against)
     first: Path = options.packages[0].resolve()
     out = options.out or measured.beside(first, "bench")
@@ -344,9 +375,8 @@ def bench(options: argparse.Namespace) -> int:
     paths = {path.resolve(): path for path in options.packages}
     names = [path.name for path in paths]
     packages = {str(given) if names.count(path.name) > 1 else path.name: given for path, given in paths.items()}
-    if not options.trust:
-        for path in packages.values():
-            verify.check_runtime(verify.package(path))
+    for path in packages.values():
+        check_package(argparse.Namespace(package=path, trust=options.trust), GENERATE)
     settings = bench.Settings(options.rounds, options.prefill, options.decode, options.threads or 0, options.quality)
     data = bench.measure(packages, options.against, settings, _open_store(options), _aside)
     bench.write(data, out)
@@ -360,10 +390,9 @@ def _aside(text: str) -> None:
 
 
 def attribute(options: argparse.Namespace) -> int:
-    from pipeline import attribution, files, measured, report, verify
+    from pipeline import attribution, files, measured, report
 
-    if not options.trust:
-        verify.check_runtime(verify.package(options.package))
+    check_package(options, GENERATE)
     reporter = report.reporter(options.json)
     try:
         found = attribution.attribute(
@@ -381,7 +410,7 @@ def attribute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(options: argparse.Namespace, *names: str) -> None:
+def check_positive(options: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:  # NaN is not positive either

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline import positions
 from pipeline.graph_builder import MICROSOFT, GraphBuilder
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def sizes_of(config: Any) -> Sizes:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
+        context=positions.read(config.to_dict(), config.max_position_embeddings, "config.json").context,
         epsilon=config.rms_norm_eps,
         tied=config.tie_word_embeddings,
         rotary=frequencies.float().numpy(),

@@ -19,6 +19,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -196,6 +197,39 @@ def hub_file(repo: str, revision: str, file: str, folder: Path, *, size: int | N
         return _hub_fetch(repo, revision, file, where)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A file of a repository, as the hub lists it.
+
+    Attributes:
+        name: its path in the repository.
+        size: bytes.
+        sha256: of its bytes, which the hub knows of large files only.
+        git: git's own digest of the others.
+    """
+
+    name: str
+    size: int | None
+    sha256: str | None
+    git: str | None
+
+
+def hub_list(repo: str, revision: str) -> tuple[str, list[Listed]]:
+    """The commit that a revision of a Hugging Face repository is now, and the files in it.
+
+    Raises:
+        DownloadError: the hub was not reached, or has no such repository or revision.
+    """
+    info = _hub(
+        lambda hub: hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_SILENCE), repo
+    )
+    files = [
+        Listed(file.rfilename, file.size, file.lfs.sha256 if file.lfs else None, file.blob_id)
+        for file in info.siblings or []
+    ]
+    return str(info.sha), files
+
+
 def hub_snapshot(repo: str, revision: str, wanted: Callable[[str], bool], folder: Path, progress: Progress) -> Path:
     """The top-level files with a ``wanted`` name of a Hugging Face repository at a commit; each one resumes.
 
@@ -209,19 +243,14 @@ def hub_snapshot(repo: str, revision: str, wanted: Callable[[str], bool], folder
     if final.is_dir():
         return final
     partial = final.with_name(f"{final.name}.partial")
-    info = _hub(
-        lambda hub: hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_SILENCE), repo
-    )
-    if info.sha != revision:
-        raise CheckpointError(f"the hub has no commit {revision} of {repo}", why=f"it answered with {info.sha}")
-    files = [file for file in info.siblings or [] if "/" not in file.rfilename and wanted(file.rfilename)]
+    commit, listed = hub_list(repo, revision)
+    if commit != revision:
+        raise CheckpointError(f"the hub has no commit {revision} of {repo}", why=f"it answered with {commit}")
+    files = [file for file in listed if "/" not in file.name and wanted(file.name)]
     total = sum(file.size or 0 for file in files)
     for index, file in enumerate(files):
-        with _watched(partial, total, progress, f"fetching {file.rfilename} ({index + 1} of {len(files)})"):
-            path = _hub_fetch(repo, revision, file.rfilename, partial)
-        if not _is_listed(path, file):
-            discard(path)
-            raise CheckpointError(f"{file.rfilename} of {repo} is not what the hub lists", where=str(path))
+        with _watched(partial, total, progress, f"fetching {file.name} ({index + 1} of {len(files)})"):
+            hub_listed(repo, revision, file, partial)
     if not files:
         raise CheckpointError(f"{repo} has no checkpoint files", where=f"commit {revision}")
     shutil.rmtree(partial / ".cache", ignore_errors=True)  # the client's notes are no part of the checkpoint
@@ -229,23 +258,36 @@ def hub_snapshot(repo: str, revision: str, wanted: Callable[[str], bool], folder
     return final
 
 
+def hub_listed(repo: str, revision: str, file: Listed, where: Path) -> Path:
+    """Fetch one file that `hub_list` named into ``where``.
+
+    Raises:
+        DownloadError: the hub was not reached, or does not have it.
+        CheckpointError: the bytes are other ones than it lists; they are thrown away.
+    """
+    path = _hub_fetch(repo, revision, file.name, where)
+    if not _is_listed(path, file):
+        discard(path)
+        raise CheckpointError(f"{file.name} of {repo} is not what the hub lists", where=str(path))
+    return path
+
+
 def _folder_name(repo: str, revision: str) -> str:
     return f"{repo.replace('/', '--')}--{revision}"
 
 
-def _is_listed(path: Path, listed: Any) -> bool:
+def _is_listed(path: Path, listed: Listed) -> bool:
     """Whether a file has the size and digest of the hub's list: sha256 for large files, git's own for others."""
     size = path.stat().st_size
     if listed.size is not None and size != listed.size:
         return False
-    if listed.lfs is None and listed.blob_id is None:
+    if listed.sha256 is None and listed.git is None:
         return True
-    hasher = hashlib.sha256() if listed.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    hasher = hashlib.sha256() if listed.sha256 else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             hasher.update(block)
-    expected: str = listed.lfs.sha256 if listed.lfs else listed.blob_id
-    return hasher.hexdigest() == expected
+    return hasher.hexdigest() == (listed.sha256 or listed.git)
 
 
 def _hub_fetch(repo: str, revision: str, file: str, where: Path) -> Path:
@@ -271,12 +313,25 @@ def _hub(call: Callable[[Any], _T], what: str) -> _T:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         text = str(error).strip().split("\n")[0]
+        meaning, fix = _HUB_ERRORS.get(type(error).__name__, ("", _HUB_FIX))
         raise DownloadError(
             f"{what} could not be fetched",
-            where=os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
-            why=f"{type(error).__name__}: {text[:300]}",
-            fix="check the network (and HF_TOKEN for a gated repository), then run the same command again: it resumes",
+            where=os.environ.get("HF_ENDPOINT", "the hub"),
+            why=meaning + f"{type(error).__name__}: {text[:300]}",
+            fix=fix,
         ) from None
+
+
+_HUB_FIX = "check the network, then run the same command again: it resumes"
+# What the client's errors mean, and what to do about them, by their names.
+_HUB_ERRORS = {
+    "GatedRepoError": ("its terms must be accepted first. ", "accept them on the repository's page, and set HF_TOKEN"),
+    "RepositoryNotFoundError": (
+        "there is no such repository, or it is private. ",
+        "correct the recipe's `repo`, or set HF_TOKEN to a token that may read it",
+    ),
+    "RevisionNotFoundError": ("it has no such revision. ", "correct the recipe's `revision`"),
+}
 
 
 @contextlib.contextmanager

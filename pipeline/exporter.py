@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,39 @@ _PRECISIONS = {"float32": "fp32", "float16": "fp16"}
 def export_genai(checkpoint: Path, out_dir: Path, options: Mapping[str, Any], provider: str, dtype: str) -> None:
     """Write ``model.onnx``, ``model.onnx.data`` and ``genai_config.json`` with Olive's ModelBuilder.
 
+    Its rotary tables are those of plain frequencies: `pipeline.rotary` puts scaled ones in their place.
+
     Raises:
         StageError: it failed, or left something out.
     """
     # The builder would run code that comes with a checkpoint (`hf_remote`), and does so by default.
     extra = {**options.get("extra_options", {}), "hf_remote": False}
     config = {"precision": _PRECISIONS[dtype], **options, "extra_options": extra}
-    olive.run_pass("genai", config, olive.hf_model(checkpoint), out_dir, provider)
+    plain = _plain(checkpoint, out_dir.with_name(f"{out_dir.name}.plain"))
+    olive.run_pass("genai", config, olive.hf_model(plain), out_dir, provider)
     olive.require(out_dir, "genai", "model.onnx", "genai_config.json")
+    if plain != checkpoint:
+        shutil.rmtree(plain)
+
+
+def _plain(checkpoint: Path, folder: Path) -> Path:
+    """The checkpoint with plain rotary frequencies over its whole context: itself, or made in ``folder`` of links.
+
+    The builder takes max_position_embeddings for the context. It scales frequencies for YaRN only where the
+    configuration has beta_fast, which Qwen's has not, and then not as transformers does: it does not round the ramp's
+    ends, and knows no attention_factor.
+    """
+    settings, _ = _settings(checkpoint)
+    context = read_shape(settings, str(checkpoint / "config.json")).context
+    if settings.get("rope_scaling") is None and settings.get("max_position_embeddings", context) == context:
+        return checkpoint
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.name != "config.json":
+            (folder / path.name).symlink_to(path.resolve())
+    changed = {**settings, "rope_scaling": None, "max_position_embeddings": context}
+    (folder / "config.json").write_text(json.dumps(changed, indent=2), encoding="utf-8")
+    return folder
 
 
 def export_plain_int4(checkpoint: Path, out_dir: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import positions, qwen1_layout
 from pipeline.errors import CheckpointError
 
 # Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
@@ -33,9 +34,14 @@ class Family:
     exporters: tuple[str, ...]
     title: str
     head_dim: int | None = None
-    context: int = 32768
+    context: int = positions.DEFAULT
     runtime: str = ""
     sees: bool = False
+
+    @property
+    def headless(self) -> str:
+        """The transformers class without a head, which checkpoints of embedding models may name."""
+        return self.architecture.replace("ForCausalLM", "Model")
 
 
 FAMILIES: dict[str, Family] = {
@@ -60,7 +66,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, in elements and counts."""
+    """The sizes of a decoder, in elements and counts.
+
+    A mixture of experts has ``experts`` MLPs of width ``expert_intermediate`` in each layer instead of one of width
+    ``intermediate``, a token goes through ``experts_per_token`` of them, and through one of width
+    ``shared_intermediate``.
+    """
 
     model_type: str
     layers: int
@@ -72,12 +83,32 @@ class Shape:
     vocabulary: int
     context: int
     tied: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    shared_intermediate: int = 0
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of the attention projections of one layer."""
+        return self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
 
     @property
     def body_parameters(self) -> int:
-        """Weights of the attention and MLP projections of all layers."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        """Weights of the attention and MLP projections of all layers, of all experts and of what routes to them."""
+        return self.layers * (self.attention_parameters + self._mlp(self.experts))
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights of all layers that one token goes through; fewer than all of a mixture of experts."""
+        return self.layers * (self.attention_parameters + self._mlp(self.experts_per_token))
+
+    def _mlp(self, experts: int) -> int:
+        """Weights of one layer's MLP, ``experts`` of its experts counted."""
+        if not self.experts:
+            return 3 * self.hidden * self.intermediate
+        widths = experts * self.expert_intermediate + self.shared_intermediate
+        return 3 * self.hidden * widths + self.hidden * self.experts
 
     @property
     def vocabulary_parameters(self) -> int:
@@ -99,14 +130,16 @@ _FIELDS = {
 
 
 def read_shape(config: Mapping[str, Any], where: str) -> Shape:
-    """The `Shape` that a ``config.json`` describes.
+    """The `Shape` that a ``config.json`` describes; of Qwen 1.0, that of the Qwen2 model that it is converted to.
 
     Raises:
-        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer;
-            also when ``config`` is no mapping, which JSON allows.
+        CheckpointError: the family is unknown, needs remote code, or a size is missing or no positive integer, or
+            positions are scaled in an unsupported way; also when ``config`` is no mapping, which JSON allows.
     """
     if not isinstance(config, Mapping):
         raise CheckpointError("config.json is no JSON object", where=where)
+    if qwen1_layout.is_qwen1(config):  # its auto_map names code that is known, and never run
+        config = qwen1_layout.as_qwen2(config, where)
     if "auto_map" in config:
         raise CheckpointError(
             "the checkpoint asks for code of its own (auto_map)",
@@ -117,12 +150,12 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     model_type = config.get("model_type")
     family = FAMILIES.get(str(model_type))
     architectures = config.get("architectures") or ([family.architecture] if family else [])
-    if family is None or architectures != [family.architecture]:
+    if family is None or architectures not in ([family.architecture], [family.headless]):
         known = "; ".join(f"{name} ({entry.architecture})" for name, entry in FAMILIES.items())
         raise CheckpointError(
             f"architecture {architectures} of model type {model_type!r} is not supported",
             where=where,
-            fix=f"supported: {known}",
+            fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
     text = config.get("text_config", config) if family.sees else config
     if not isinstance(text, Mapping):
@@ -139,6 +172,7 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
+    sizes["context"] = positions.read(text, sizes["context"], where).context
     return Shape(model_type=family.model_type, tied=bool(text.get("tie_word_embeddings", False)), **sizes)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,10 @@ class Sampling:
 
 
 def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
-    """A runtime generator with room for ``length`` tokens in all, those that fill up a window included."""
+    """A runtime generator with room for ``length`` tokens in all, those that fill up a window included.
+
+    It has the session's adapter, if there is one, before it has seen a token.
+    """
     og = sessions.runtime()
     sampling = sampling or Sampling()
     options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
@@ -51,7 +55,10 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
             options["random_seed"] = sampling.seed
     parameters = og.GeneratorParams(session.model)
     parameters.set_search_options(**options)
-    return og.Generator(session.model, parameters)
+    generator = og.Generator(session.model, parameters)
+    if session.adapter:
+        generator.set_active_adapter(session.adapters, session.adapter)
+    return generator
 
 
 def show(session: Session, prompt: Sequence[int], pictures: Sequence[Picture]) -> tuple[list[int], Prepared | None]:
@@ -85,11 +92,14 @@ def stream(
     prompt: Sequence[int],
     limit: int,
     sampling: Sampling | None = None,
+    interrupt: Callable[[int], Sequence[int]] | None = None,
     prepared: Prepared | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
 
     Args:
+        interrupt: called with each token; what it returns follows then, whatever the model would say
+            (`pipeline.thinking.Budget`).
         prepared: the pictures that the prompt has room for (`show`).
 
     Raises:
@@ -102,14 +112,27 @@ def stream(
     limit = room(session, len(prompt), limit)
     generator = start(session, session.padded(len(prompt)) + limit, sampling)
     feed(generator, prompt, prepared)
+    forced: deque[int] = deque()
     for _ in range(limit):
+        if forced:
+            _force(generator, forced.popleft())
         generator.generate_next_token()
         token = int(generator.get_next_tokens()[0])
         if token in session.eos:
             return
         yield token
+        if interrupt is not None:
+            forced.extend(interrupt(token))
         if generator.is_done():
             return
+
+
+def _force(generator: Any, token: int) -> None:
+    """Make ``token`` the only choice for the next one: static models take no second append."""
+    logits = np.asarray(generator.get_logits(), np.float32)
+    logits[:] = -1e9
+    logits[..., token] = 0.0
+    generator.set_logits(logits)
 
 
 def room(session: Session, prompt: int, limit: int) -> int:

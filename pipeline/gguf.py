@@ -285,6 +285,16 @@ def _write_tokenizer(source: Path, out_dir: Path) -> None:
     (out_dir / "generation_config.json").write_text(json.dumps(generation, indent=2), encoding="utf-8")
 
 
+def _rope_scaling(reader: Any, architecture: str) -> dict[str, Any] | None:
+    """The scaling of the rotary frequencies in transformers' words; what is not supported is refused later, by name."""
+    kind = _optional(reader, f"{architecture}.rope.scaling.type")
+    if kind in (None, "none"):
+        return None
+    found = {"rope_type": kind, "factor": _optional(reader, f"{architecture}.rope.scaling.factor")}
+    original = _optional(reader, f"{architecture}.rope.scaling.original_context_length")
+    return found if original is None else {**found, "original_max_position_embeddings": int(original)}
+
+
 def _write_weights(source: Path, out_dir: Path) -> None:
     import gguf
     import torch
@@ -296,8 +306,9 @@ def _write_weights(source: Path, out_dir: Path) -> None:
     (alone / "model.gguf").symlink_to(source)
     config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf")
     head_dim = _optional(gguf.GGUFReader(source), f"{config.model_type}.attention.key_length")
-    if head_dim is not None:  # transformers does not read it
+    if head_dim is not None:  # transformers reads neither it nor the scaling
         config.head_dim = int(head_dim)
+    config.rope_scaling = _rope_scaling(gguf.GGUFReader(source), config.model_type)
     model, report = AutoModelForCausalLM.from_pretrained(
         alone, config=config, gguf_file="model.gguf", dtype=torch.float32, output_loading_info=True
     )

@@ -9,12 +9,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import family, positions
 from pipeline.errors import UsageError
 from pipeline.tensors import Tensors
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+_ORIGINAL = "original_max_position_embeddings"
 _ARCHITECTURES = {"qwen2": "QWEN2", "qwen3": "QWEN3"}
 
 
@@ -44,9 +46,11 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 def _describe(writer: Any, config: dict[str, Any]) -> None:
+    import gguf
+
     heads = config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(family.read_shape(config, "config.json").context)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
@@ -55,6 +59,13 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_freq_base(config.get("rope_theta", 10000.0))
+    if positions.kind(config, "config.json") == "yarn":
+        scaling = config["rope_scaling"]
+        if others := sorted(set(scaling) - {"type", "rope_type", "factor", _ORIGINAL}):
+            raise UsageError(f"YaRN with {others[0]} is not written as GGUF", fix="compare with another peer")
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+        writer.add_rope_scaling_orig_ctx_len(scaling.get(_ORIGINAL) or config["max_position_embeddings"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("none")

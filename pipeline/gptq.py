@@ -61,15 +61,6 @@ def hessian(inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(inputs[:, span].t() @ inputs[:, span] for span in spans(inputs.shape[1]))
 
 
-def loss(given: Sequence[torch.Tensor], difference: npt.NDArray[np.float32]) -> float:
-    """``sum |d x|²`` over the inputs behind a Hessian, for a difference ``d`` of weights (``[N, K]``)."""
-    import torch
-
-    parts = zip(given, spans(difference.shape[1]), strict=True)
-    rows = ((block, torch.from_numpy(np.ascontiguousarray(difference[:, span]))) for block, span in parts)
-    return sum(float(torch.mm(part, block).mul_(part).sum(dtype=torch.float64)) for block, part in rows)
-
-
 def factor(given: Sequence[torch.Tensor]) -> tuple[Factor, ...]:
     """Factorize the blocks of a Hessian, which are not changed."""
     return tuple(_factor(block) for block in given)

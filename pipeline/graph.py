@@ -63,7 +63,8 @@ def load(path: Path) -> onnx.ModelProto:
 
 def weights(model: onnx.ModelProto) -> list[Weight]:
     """The constant matrices of MatMul and Gather nodes, in graph order."""
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}  # whose initializers are defaults, and no constants
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in inputs}
     outputs = {value.name for value in model.graph.output}
     found = []
     for index, node in enumerate(model.graph.node):

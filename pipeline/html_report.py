@@ -31,7 +31,14 @@ _METRICS = {
     "pixel_error": "largest error of a normalized pixel",
     "feature_cosine": "least cosine of an image’s features",
     "runaway_answers": "answers that do not end",
+    "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
+    "cosine": "cosine with the reference’s vector, mean",
+    "min_cosine": "cosine with the reference’s vector, smallest",
+    "score_error": "difference from the reference’s score, largest",
+    "ranking": "pairs of documents in the reference’s order",
+    "batch_cosine": "cosine of a padded batch with its texts alone, smallest",
+    "batch_score_error": "difference of a padded batch from its texts alone",
     "tokenizer_mismatches": "tokenizer: unexplained differences",
     "chat_template_mismatches": "chat template: unexplained differences",
 }
@@ -58,7 +65,9 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[_answer(entry) for entry in (*validation["greedy"]["answers"], *_pictured(validation))],
+        answers=[
+            _answer(entry) for entry in (*validation.get("greedy", {"answers": ()})["answers"], *_pictured(validation))
+        ],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
@@ -82,6 +91,8 @@ def summary(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> dict[
             _tile("Top-1 agreement", f"{figures['top1']:.1%}", "of tokens, decode path"),
             _tile("Perplexity", f"{figures['perplexity_ratio']:.3f} ×", "the reference’s, decode path"),
         ]
+    if found := validation.get("retrieval"):
+        tiles += [_tile(term, f"{found[name]:.4f}", note) for name, (term, note) in _RETRIEVAL.items() if name in found]
     tiles.append(_tile("Gates", f"{passed} of {len(gates)}", "passed"))
     return {
         "name": manifest["name"],
@@ -132,6 +143,15 @@ def render(template: str, **values: Any) -> str:
 def nats(value: float) -> str:
     """A divergence with as many digits as mean something."""
     return f"{value:.4f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
+
+
+# What is measured of packages that embed or rank: term and note.
+_RETRIEVAL = {
+    "cosine": ("Cosine", "with the reference’s vectors, on average"),
+    "min_cosine": ("Smallest cosine", "of all texts"),
+    "score_error": ("Score", "largest difference from the reference’s"),
+    "ranking": ("Ranking", "share of pairs in the reference’s order"),
+}
 
 
 def _tile(term: str, value: str, note: str) -> dict[str, str]:
@@ -241,8 +261,10 @@ def _answer(entry: Mapping[str, Any]) -> dict[str, Any]:
 def _parity(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for key, what, count in (("tokenizer", "tokenizer", "probes"), ("chat_template", "chat template", "conversations")):
-        found = validation[key]
-        for who, whose in _WHOSE.items():
+        found = validation.get(key, {})
+        for who, whose in _WHOSE.items() if key in validation else ():
+            if who not in found:
+                continue
             differences = [
                 {"name": entry["name"], "reason": entry.get("reason", "no known reason: a miss")}
                 for entry in found[who]

@@ -97,7 +97,8 @@ def _shown(folder: Path) -> dict[str, Any]:
         raise PackageError(f"{folder.name} cannot be read", why=str(error)) from None
     try:
         shown = html_report.summary(manifest.data, validation)
-        point = (sum(size for size, _ in manifest.files.values()) / 1e6, float(validation["decode"]["mean_kl"]))
+        size = sum(size for size, _ in manifest.files.values()) / 1e6
+        point = (size, float(validation["decode"]["mean_kl"])) if manifest.generates else None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise PackageError("its manifest or validation does not follow its schema", why=problem) from None
@@ -135,18 +136,19 @@ def _whole(folder: Path) -> Manifest:
             problems.append(f"{CHECKSUMS} does not agree with the manifest")
     if problems:
         raise PackageError("it is not the package that was built", why="; ".join(problems))
-    verify.check_config(folder)
+    verify.check_settings(folder, manifest)
     verify.check_external_data(folder)
     return manifest
 
 
 def _overview(packages: Sequence[Mapping[str, Any]]) -> str:
-    """Size against loss of all packages; empty when there is one."""
-    if len(packages) < 2:
-        return ""
+    """Size against loss of all packages that generate text; empty when there is one."""
     points = [
         svg.Point(package["point"][0], package["point"][1], str(number), package["name"])
         for number, package in enumerate(packages, 1)
+        if package["point"]
     ]
+    if len(points) < 2:
+        return ""
     told = "; ".join(f"{point.mark} {point.name}: {point.x:.0f} MB, KL {html_report.nats(point.y)}" for point in points)
     return svg.scatter("Size against loss", told, points, "MB (better: left)", "mean KL, decode", more=False)

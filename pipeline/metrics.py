@@ -50,6 +50,20 @@ def negative_log_likelihood(log_probabilities: Floats, ids: Sequence[int]) -> np
     return result
 
 
+def change_products(reference: tuple[Floats, Floats], other: tuple[Floats, Floats]) -> tuple[float, float]:
+    """The product of a change of the reference with the change of another model, and with itself.
+
+    Summed over texts, the first over the second is the slope of the regression of the other's change on the
+    reference's: 1 where it is this change, 0 where there is none, 2 where it is twice as large. Noise that does not
+    depend on the change leaves it alone.
+
+    Args:
+        reference, other: log-probabilities before and after the change.
+    """
+    wanted, found = (after - before for before, after in (reference, other))
+    return float((wanted * found).sum(dtype=np.float64)), float((wanted * wanted).sum(dtype=np.float64))
+
+
 def first_divergence(reference: Sequence[int], other: Sequence[int]) -> int | None:
     """Index of the first token that differs (or exists in one only); ``None`` when both are equal."""
     for index, (left, right) in enumerate(zip(reference, other, strict=False)):

@@ -1,4 +1,4 @@
-"""Which stretches of which files an ONNX graph refers to, and its outputs, read with the standard library alone.
+"""Which stretches of which files an ONNX graph refers to, its inputs and outputs, read with the standard library alone.
 
 A package is checked before anything loads it, and where nothing is installed that could: this reads the Protocol
 Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as external data needs (onnx.proto).
@@ -21,7 +21,9 @@ _NESTED: dict[str, dict[int, str]] = {
     "TrainingInfo": {1: "Graph", 2: "Graph"},
 }
 _EXTERNAL_DATA, _NAME = 13, 8  # fields of TensorProto
-_GRAPH, _OUTPUT, _OUTPUT_NAME = 7, 12, 1  # fields of ModelProto, GraphProto, ValueInfoProto
+_GRAPH, _INPUT, _OUTPUT, _VALUE_NAME = 7, 11, 12, 1  # fields of ModelProto, GraphProto (2), ValueInfoProto
+_VALUE_TYPE, _TENSOR_TYPE = 2, 1  # fields of ValueInfoProto, TypeProto
+_ELEMENT, _SHAPE, _DIM, _DIM_VALUE = 1, 2, 1, 1  # fields of TypeProto.Tensor (2), TensorShapeProto, its Dimension
 _ATTRIBUTE_NAME, _ATTRIBUTE_STRING = 1, 4  # fields of AttributeProto
 # Attributes of EPContext nodes that name a file which the execution provider reads.
 _FILE_ATTRIBUTES = {"ep_cache_context"}
@@ -58,12 +60,41 @@ def outputs(data: bytes) -> list[str]:
     Raises:
         ValueError: the bytes are no ONNX model.
     """
-    path = [memoryview(data)]
-    for wanted in (_GRAPH, _OUTPUT, _OUTPUT_NAME):
-        path = [
-            value for part in path for number, value in _fields(part) if number == wanted and not isinstance(value, int)
+    names = _inside(memoryview(data), _GRAPH, _OUTPUT, _VALUE_NAME)
+    return [bytes(name).decode("utf-8") for name in names]
+
+
+def inputs(data: bytes) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Name → element type (a number of TensorProto.DataType) and dimensions of the inputs of the model in ``data``.
+
+    A dimension that is not fixed is -1.
+
+    Raises:
+        ValueError: the bytes are no ONNX model.
+    """
+    found = {}
+    for value in _inside(memoryview(data), _GRAPH, _INPUT):
+        names, kinds = _inside(value, _VALUE_NAME), _inside(value, _VALUE_TYPE, _TENSOR_TYPE)
+        kind = [_integer(part, _ELEMENT, 0) for part in kinds]
+        dims = [_integer(dim, _DIM_VALUE, -1) for part in kinds for dim in _inside(part, _SHAPE, _DIM)]
+        found[bytes(names[-1]).decode("utf-8") if names else ""] = (kind[-1] if kind else 0, tuple(dims))
+    return found
+
+
+def _integer(data: memoryview, wanted: int, missing: int) -> int:
+    """A number field, of which the last one counts."""
+    values = [value for field, value in _fields(data) if field == wanted and isinstance(value, int)]
+    return values[-1] if values else missing
+
+
+def _inside(data: memoryview, *wanted: int) -> list[memoryview]:
+    """The messages or strings on a path of field numbers."""
+    parts = [data]
+    for field in wanted:
+        parts = [
+            value for part in parts for number, value in _fields(part) if number == field and not isinstance(value, int)
         ]
-    return [bytes(name).decode("utf-8") for name in path]
+    return parts
 
 
 def _walk(data: memoryview, message: str, depth: int) -> Iterator[Reference]:

@@ -23,6 +23,10 @@ KNOWN = {
     "decomposed accents": "the runtime does not normalize text (NFC): give it composed characters",
     "tools": "the runtime rewrites tool descriptions before the template sees them: render the template yourself",
     "tool result": "the runtime rewrites tool descriptions before the template sees them: render the template yourself",
+    "thinking, tools": "the runtime rewrites tool descriptions before the template sees them",
+    "no thinking": "the runtime gives templates no enable_thinking: render the template yourself",
+    "no thinking, turns": "the runtime gives templates no enable_thinking: render the template yourself",
+    "no thinking, tools": "the runtime gives templates no enable_thinking, and rewrites tool descriptions",
 }
 
 
@@ -53,7 +57,7 @@ def tokenizers(reference: Any, package: Path, session: Session, probes: Mapping[
 def chat_templates(
     reference: Any, package: Path, session: Session, conversations: Sequence[Conversation]
 ) -> dict[str, Any]:
-    """Compare the ids of rendered conversations, tools included.
+    """Compare the ids of rendered conversations, tools and other variables of the template included.
 
     Returns:
         ``conversations``: how many; ``runtime`` and ``served``: for each the conversations that differ.
@@ -61,11 +65,11 @@ def chat_templates(
     runtime, served = sessions.runtime().Tokenizer(session.model), chat.load(package)
     wrong: dict[str, list[dict[str, Any]]] = {"runtime": [], "served": []}
     for conversation in conversations:
-        messages = [dict(message) for message in conversation.messages]
-        tools = [dict(tool) for tool in conversation.tools] or None
-        wanted = reference.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True)
+        messages, given = conversation.given()
+        tools = given.get("tools")
+        wanted = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **given)
         try:
-            ids = served.encode_chat(messages, **({"tools": tools} if tools else {}))
+            ids = served.encode_chat(messages, **given)
         except QwenOnnxError as error:
             wrong["served"].append({"name": conversation.name, "error": error.what})
         else:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, isolated, machine, texts
-from pipeline.artifact import Estimate, Step
+from pipeline import __version__, checkpoint_files, digest, estimate, isolated, lora_files, machine, positions, texts
+from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import FAMILIES, HELD_WHOLE, Shape, read_shape
+from pipeline.family import FAMILIES, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
 from pipeline.target import CPU, TARGETS, Target, file_problem
+from pipeline.task import EMBED, TASKS, Task
 
-_GB = 1_000_000_000
 # Distributions that provide the same module for other hardware.
 _SAME = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
@@ -29,7 +29,8 @@ Fields = Callable[[Loaded], dict[str, Any]]
 class Stage:
     """What is known of a stage before it runs; raise ``version`` when its code gives other results.
 
-    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time.
+    A ``compiled`` stage, and inputs from it, are for targets whose graphs are compiled ahead of time; an ``adapted``
+    one is for recipes with ``adapters``.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     inputs: tuple[str, ...]
     tools: tuple[str, ...]
     compiled: bool = False
+    adapted: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -48,13 +50,21 @@ STAGES: tuple[Stage, ...] = (
         "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
+    # After quantization, which takes minutes and does not depend on adapters.
+    Stage(
+        "adapters",
+        1,
+        ("checkpoint", "quantize"),
+        ("onnx", "onnxruntime", "peft", "safetensors", "torch", "transformers"),
+        adapted=True,
+    ),
     Stage(
         "validate",
-        2,
-        ("checkpoint", "quantize", "compile"),
+        3,
+        ("checkpoint", "quantize", "compile", "adapters"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 5, ("checkpoint", "quantize", "compile", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 7, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -66,12 +76,19 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         versions: of the tools; the installed ones of those that are left out.
 
     Raises:
-        RecipeError: the recipe's target cannot be built by this version.
-        CheckpointError: a local checkpoint is missing.
+        RecipeError: the recipe's target cannot be built by this version, or it names a branch (`pipeline.lock`).
+        CheckpointError: a local checkpoint is missing, is not supported, or cannot have the recipe's context.
         RuntimeMissing: a tool is not installed.
     """
     recipe = loaded.recipe
     target = TARGETS[recipe.target]
+    if loose := [source for source in recipe.checkpoint.sources if source.type == "hub" and not source.locked]:
+        raise RecipeError(
+            "the recipe is not locked",
+            where=f"{loaded.path}: {loose[0].repo} at {loose[0].revision}",
+            why="a branch or tag moves: what is built would depend on the day",
+            fix=f"qwen-onnx lock {loaded.path}",
+        )
     if target.missing:
         raise RecipeError(
             f"target {target.name} cannot be built",
@@ -79,15 +96,12 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=target.missing,
             fix="`qwen-onnx targets` shows what each target lacks",
         )
+    for config, where in _local_configs(loaded):
+        positions.check_context(config, _context_length(recipe), where)
     shape = shape_of(loaded)
-    if shape and FAMILIES[shape.model_type].sees and target.provider != CPU:
-        raise RecipeError(
-            f"target {target.name} takes no models that see",
-            where=str(loaded.path),
-            why=f"the graphs of a {shape.model_type} are written and checked for the processor only",
-            fix="use target cpu",
-        )
-    size = _estimate("quantize", recipe, shape).disk
+    if shape and FAMILIES[shape.model_type].sees:
+        _check_seeing(loaded, target)
+    size = estimate.of("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
             f"the package would be too large for {target.name}",
@@ -95,7 +109,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             why=problem,
             fix="quantize to fewer bits, or choose a smaller model",
         )
-    stages = [stage for stage in STAGES if target.compiled or not stage.compiled]
+    stages = stages_of(target, recipe.adapters is not None)
     names = {name for stage in stages for name in stage.tools}
     if target.isolated:
         names.add(target.runtime.plugin.partition("==")[0])
@@ -105,7 +119,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     for stage in stages:
         inputs = tuple(name for name in stage.inputs if name in steps)
         fields = _fields(stage.name, loaded)
-        tools = _tools(stage, target, found)
+        tools = _tools(stage, target, TASKS[recipe.task], found)
         if stage.name == "package":
             fields |= {"sha256": steps["checkpoint"].fields["sha256"]}
             fields |= {"tools": {**own, **found, "qwen-onnx": __version__}}
@@ -118,19 +132,43 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "tools": tools,
             }
         )
-        context = _context(loaded) if stage.name == "checkpoint" else {}
-        estimate = _estimate(stage.name, recipe, shape)
-        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, estimate, context)
+        need = estimate.of(stage.name, recipe, shape)
+        steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, _context(stage.name, loaded))
     return list(steps.values())
 
 
-def _tools(stage: Stage, target: Target, found: Mapping[str, str]) -> dict[str, str]:
+def stages_of(target: Target, adapted: bool = False) -> list[Stage]:
+    """The stages of a build for ``target``, in order; ``adapted`` when LoRA adapters are kept apart."""
+    return [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
+
+
+def _check_seeing(loaded: Loaded, target: Target) -> None:
+    """Refuse what models that see cannot be built for or with.
+
+    Raises:
+        RecipeError: saying why.
+    """
+    if target.provider != CPU:
+        what, why = f"target {target.name}", "their graphs are written and checked for the processor only"
+    elif loaded.recipe.adapters is not None:
+        what, why = "a recipe with `adapters`", "slots are made in decoders of text alone"
+    elif not TASKS[loaded.recipe.task].generates:
+        what, why = f"task {loaded.recipe.task}", "they generate text"
+    else:
+        return
+    raise RecipeError(f"{what} takes no models that see", where=str(loaded.path), why=why)
+
+
+def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
     """The versions that a step's result depends on."""
     if target.isolated and stage.name in ("export", "quantize"):
         return isolated.pins()
     plugin = target.runtime.plugin.partition("==")[0]
     more = (plugin,) if target.isolated and stage.name == "validate" else ()
-    return {name: found[name] for name in (*stage.tools, *more)}
+    names = (*stage.tools, *more)
+    if not task.generates and stage.name in ("validate", "package"):
+        names = tuple("onnxruntime" if name == "onnxruntime-genai" else name for name in names)
+    return {name: found[name] for name in names}
 
 
 def installed(name: str) -> str:
@@ -156,44 +194,58 @@ def shape_of(loaded: Loaded) -> Shape | None:
     given = loaded.recipe.architecture
     if given:
         return Shape(**given.model_dump(), context=0, tied=False)
+    return next((read_shape(config, where) for config, where in _local_configs(loaded)), None)
+
+
+def _local_configs(loaded: Loaded) -> Iterator[tuple[Any, str]]:
+    """The ``config.json`` of each local checkpoint that has one, and its path."""
     for source in loaded.recipe.checkpoint.sources:
         if source.type == "local":
             path = loaded.path.parent / source.path / "config.json"
             if path.is_file():
                 try:
-                    return read_shape(json.loads(path.read_bytes()), str(path))
+                    yield json.loads(path.read_bytes()), str(path)
                 except ValueError as error:
                     raise CheckpointError("config.json is not JSON", where=str(path), why=str(error)) from None
-    return None
+
+
+def _context_length(recipe: Recipe) -> int | None:
+    """The context that a recipe asks for; ``None`` where it takes the checkpoint's."""
+    return recipe.npu.cache if recipe.npu else recipe.generation.context_length
 
 
 def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     recipe = loaded.recipe
-    target = TARGETS[recipe.target]
-    if stage == "checkpoint":
-        return _identity(loaded)
+    target, task = TARGETS[recipe.target], TASKS[recipe.task]
+    # Not said of generation, which all steps are for unless they are told otherwise.
+    purpose = {} if task.generates else {"task": task.name}
+    if stage in ("checkpoint", "adapters"):
+        headless = {"headless": True} if task.name == EMBED else {}
+        return {**_identity(loaded), **headless} if stage == "checkpoint" else _adapters(loaded)
     if stage == "export":
         dtype = recipe.export.dtype or target.dtypes[0]
         npu = {"window": recipe.npu.window, "cache": recipe.npu.cache} if recipe.npu else {}
         draft = target.draft_tokens if recipe.export.draft_tokens is None else recipe.export.draft_tokens
         own = {"provider": target.provider, "dtype": dtype, "draft_tokens": draft}
-        return {**recipe.export.model_dump(mode="json"), **own, **npu}
+        return {**recipe.export.model_dump(mode="json"), **own, **npu, **purpose}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
         scheme = recipe.quantize.model_dump(mode="json")
         if recipe.quantize.vision == "float":
             del scheme["vision"]  # most models have none
-        fields = {**scheme, "form": form, "rotate": recipe.export.rotate}
+        fields = {**scheme, "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it
         return {"soc": recipe.npu.soc, "share_weights": recipe.npu.share_weights}
     if stage == "validate":
         fields = recipe.validation.model_dump(mode="json")
+        if fields["long_tokens"] is None:  # the key of a recipe without stays what it was
+            del fields["long_tokens"]
         here = asdict(machine.execution(target))
         names = {"target": target.name, "provider": target.provider}
         soc = {"soc": recipe.npu.soc} if recipe.npu else {}
-        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here}
+        return {**fields, "text": texts.EVALUATION.sha256, **names, **soc, "execution": here, **purpose}
     checkpoint = recipe.checkpoint
     return {
         "name": loaded.name,
@@ -213,13 +265,25 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
             "shapes": target.shapes,
             **({"soc": recipe.npu.soc} if recipe.npu else {}),
         },
-        "runtime": {
-            "name": target.runtime.package,
-            "minimum": target.runtime.minimum,
-            "install": _install(target),
-        },
-        "replay": asdict(target.replay),
+        "runtime": _runtime(target) if task.generates else _plain_runtime(),
+        "replay": asdict(target.replay) if task.generates else dict(task.tolerance),
+        **purpose,
         "max_file": target.max_file,
+    }
+
+
+def _runtime(target: Target) -> dict[str, str]:
+    runtime = target.runtime
+    return {"name": runtime.package, "minimum": runtime.minimum, "install": _install(target)}
+
+
+def _plain_runtime() -> dict[str, str]:
+    """What runs packages that generate nothing: the version that they were validated with, or a newer one."""
+    version = installed("onnxruntime")
+    return {
+        "name": "onnxruntime",
+        "minimum": version,
+        "install": f"pip install onnxruntime=={version} tokenizers numpy",
     }
 
 
@@ -238,7 +302,10 @@ def _published(resolved: dict[str, Any]) -> dict[str, Any]:
         {**source, "path": Path(source["path"]).name} if source.get("type") == "local" else source
         for source in checkpoint.get("sources", [])
     ]
-    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}}
+    adapters = resolved.get("adapters")
+    shown = {name: {**given, "path": Path(given["path"]).name} for name, given in (adapters or {}).items()}
+    more = {} if adapters is None else {"adapters": shown}
+    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}, **more}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:
@@ -270,64 +337,24 @@ def _identity(loaded: Loaded) -> dict[str, Any]:
     return identity
 
 
-def _context(loaded: Loaded) -> dict[str, Any]:
-    return {"checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"), "base": str(loaded.path.parent.resolve())}
+def _context(stage: str, loaded: Loaded) -> dict[str, Any]:
+    base = loaded.path.parent.resolve()
+    if stage == "checkpoint":
+        return {
+            "checkpoint": loaded.recipe.checkpoint.model_dump(mode="json"),
+            "base": str(base),
+            "context_length": _context_length(loaded.recipe),
+        }
+    if stage == "adapters":
+        return {"folders": {name: str(base / given.path) for name, given in (loaded.recipe.adapters or {}).items()}}
+    return {}
 
 
-# What quantizing took of Qwen2.5-0.5B on two cores, by algorithm: memory beside 1 GB, in float32 weights (0: our own
-# pass, which streams and holds a few copies of the largest weight), and seconds a gigabyte of them.
-_QUANTIZING = {
-    "none": (0.0, 6),
-    "min_error": (0.0, 14),
-    "gptq": (0.0, 58),
-    "rtn": (1.6, 20),
-    "k_quant": (4.0, 100),
-    "dynamic": (4.0, 60),
-    "static": (2.4, 60),
-    "w8a8": (0.0, 14),
-    "nncf": (1.2, 12),
-}
-
-
-def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
-    """Rough needs, from the sizes of the weights.
-
-    The factors are what Qwen2.5-0.5B took on two cores, rounded up: converting holds the float32 weights one and a
-    half times; export and reference once, and a bit; runtimes 1 GB.
-    """
-    if shape is None:
-        weights = 4 * (recipe.checkpoint.size or _GB)
-        vocabulary = weights // 8
-        packed = weights // 4
-    else:
-        weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
-        vocabulary = 4 * shape.vocabulary_parameters
-        floats = 16 if TARGETS[recipe.target].dtypes[0] == "float16" else 32
-        bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else floats
-        embedding = floats if recipe.quantize.embedding == "float" else bits
-        packed = (shape.body_parameters * bits + shape.vocabulary_parameters * (bits + embedding)) // 8
-    fetched = recipe.checkpoint.size or 0
-    held, pace = _QUANTIZING[recipe.quantize.algorithm]
-    window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)
-    whole = weights if weights <= HELD_WHOLE or shape is None else 2 * vocabulary + weights // shape.layers
-    streamed = recipe.export.exporter == "native"
-    copied = all(source.type == "local" and not source.path.endswith(".gguf") for source in recipe.checkpoint.sources)
-    seconds = weights / _GB  # a step's time is proportional to the weights it reads
-    table = {
-        "checkpoint": Estimate(
-            _GB if copied and not recipe.checkpoint.adapter else weights * 3 // 2 + _GB // 2,
-            weights + 2 * fetched,
-            10 + int(22 * seconds),
-        ),
-        "export": Estimate(
-            3 * vocabulary + _GB if streamed else weights * 3 // 2 + _GB // 2, weights, 8 + int(10 * seconds)
-        ),
-        "quantize": Estimate(
-            int(held * weights) + (3 * vocabulary if held == 0 else 0) + _GB, packed, 8 + int(pace * seconds)
-        ),
-        "compile": Estimate(3 * packed + 2 * _GB, 3 * packed, 20 + int(40 * seconds)),
-        # An emulated NPU takes minutes for what a processor does in seconds.
-        "validate": Estimate(whole + packed + 6 * window + 2 * _GB, 0, 20 + int((600 if recipe.npu else 50) * seconds)),
-        "package": Estimate(_GB, 2 * packed, 5),
-    }
-    return table[stage]
+def _adapters(loaded: Loaded) -> dict[str, Any]:
+    """For each adapter its digest and licence; raises `CheckpointError` for one that cannot be kept apart."""
+    recipe, found = loaded.recipe, {}
+    for name, given in (recipe.adapters or {}).items():
+        folder = loaded.path.parent / given.path
+        lora_files.check(folder)
+        found[name] = {"sha256": lora_files.identity(folder), "license": given.license or recipe.checkpoint.license}
+    return {"adapters": found, "dtype": recipe.export.dtype or TARGETS[recipe.target].dtypes[0]}

@@ -27,6 +27,7 @@ def quantize(
     progress: Progress,
     form: str = "nbits",
     rotate: bool = False,
+    roles: tuple[str, ...] = ("head", "embedding"),
     outside: Sequence[graph.Weight] = (),
 ) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
@@ -37,6 +38,7 @@ def quantize(
         scheme: how to quantize it.
         form: of the quantized weights, see `graph_weights.quantize_weights`.
         rotate: whether the graph is of the rotated checkpoint.
+        roles: of the weights that the graph must have besides those of the body.
         outside: weights of other graphs that the scheme speaks of, too; they are left to the caller.
 
     Returns:
@@ -49,7 +51,7 @@ def quantize(
     """
     before = graph.load(source / "model.onnx")
     found = graph.weights(before)
-    wanted = wanted_schemes(scheme, [*found, *outside])
+    wanted = _wanted(scheme, [*found, *outside], roles)
     if outside:
         wanted = {weight.path: wanted[weight.path] for weight in found if weight.path in wanted}
         scheme = scheme.model_copy(update={"embedding": "float"})
@@ -81,12 +83,12 @@ def _label(given: WeightScheme) -> str:
     return f"{given.bits}-bit/{given.block_size}{'' if given.symmetric else ' asymmetric'}"
 
 
-def wanted_schemes(scheme: Scheme, found: list[graph.Weight]) -> dict[str, WeightScheme]:
+def _wanted(scheme: Scheme, found: list[graph.Weight], roles: tuple[str, ...]) -> dict[str, WeightScheme]:
     """The scheme of each weight that is to be quantized; a shared embedding is the head's."""
     if not scheme.block_wise:
         return {}
     paths = [weight.path for weight in found]
-    for role in ("head", "embedding"):
+    for role in roles:
         if role not in {weight.role for weight in found}:
             raise StageError(
                 f"the graph's {role} cannot be quantized",

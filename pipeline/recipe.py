@@ -20,29 +20,43 @@ from pipeline.family import FAMILIES
 from pipeline.scheme import Frozen, Scheme, Whole
 from pipeline.strict_yaml import Document, Finding, Loc, nearest
 from pipeline.target import TARGETS, Target
+from pipeline.task import GENERATE, TASKS, Task
 
 _DIGEST = r"^[0-9a-f]{64}$"
-_COMMIT = r"^[0-9a-f]{40}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_NEARLY_COMMIT = re.compile(r"[0-9a-fA-F]{12,}")
 _REPO = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 _PINNED = r"^[A-Za-z0-9][\w.-]*==[\w.]+$"
 _IN_WORDS = {
     _DIGEST: "should be a sha256 (64 hexadecimal digits, lower case)",
-    _COMMIT: "should be a commit (40 hexadecimal digits, lower case), since branches and tags move",
+    _REVISION: "should be a commit (40 hexadecimal digits, lower case), or a branch or tag until `qwen-onnx lock`",
     _REPO: "should be owner/name",
     _PINNED: "should be a pinned requirement (name==version)",
 }
 Sha256 = Annotated[str, Field(pattern=_DIGEST)]
 # A name becomes file and folder names, and an argument of commands.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Algorithms that have been tried on graphs without a head.
+_RETRIEVAL_ALGORITHMS = ("gptq", "min_error", "none")
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class HubSource(Frozen):
-    """A Hugging Face repository at a commit; with ``file``, one GGUF file of it."""
+    """A Hugging Face repository at a commit; with ``file``, one GGUF file of it.
+
+    With a branch or tag for a revision, which moves, the recipe is not locked (`pipeline.lock`).
+    """
 
     type: Literal["hub"]
     repo: Annotated[str, Field(pattern=_REPO)]
-    revision: Annotated[str, Field(pattern=_COMMIT)]
+    revision: Annotated[str, Field(pattern=_REVISION)]
     file: str | None = None
+
+    @property
+    def locked(self) -> bool:
+        """Whether the revision is a commit."""
+        return _COMMIT.fullmatch(self.revision) is not None
 
 
 class LocalSource(Frozen):
@@ -145,12 +159,24 @@ class Npu(Frozen):
     share_weights: bool = False
 
 
+class Adapter(Frozen):
+    """A LoRA adapter that is kept apart from the weights.
+
+    Attributes:
+        path: directory that peft saved; relative paths start at the recipe's folder.
+        license: SPDX identifier, where it is not the checkpoint's.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    license: Annotated[str, Field(min_length=1)] | None = None
+
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Gates(Frozen):
-    """What a package must reach; see `pipeline.metrics` for the definitions.
+    """What a package must reach; see `pipeline.metrics` for the definitions. `pipeline.task` says which a task has.
 
     Attributes:
         mean_kl, p99_kl: upper bounds in nats.
@@ -159,14 +185,21 @@ class Gates(Frozen):
         greedy: lower bound of the share of greedy tokens before the first divergence.
         runaway: how many answers may run on where the reference's end. A model that has lost its end token does so in
             all; one of 4 bits may, at a near tie, take another path in one, and repeat itself there.
+        cosine, min_cosine: lower bounds of the cosine of a vector with the reference's, on average and of the worst.
+        score_error: upper bound of the difference of a score, in [0, 1], from the reference's.
+        ranking: lower bound of the share of pairs of documents that both put in the same order.
     """
 
-    mean_kl: Positive
+    mean_kl: Positive | None = None
     p99_kl: Positive | None = None
-    top1: Share
-    perplexity_ratio: Positive
+    top1: Share | None = None
+    perplexity_ratio: Positive | None = None
     greedy: Share = 0.0
     runaway: Annotated[int, Field(ge=0)] = 0
+    cosine: Share | None = None
+    min_cosine: Share | None = None
+    score_error: Share | None = None
+    ranking: Share | None = None
 
 
 class Validate(Frozen):
@@ -174,6 +207,7 @@ class Validate(Frozen):
 
     Attributes:
         decode_tokens: how many tokens of each window take the decode path; all when left out.
+        long_tokens: length of a text more, whose end is compared (`pipeline.long_context`); none when left out.
         greedy_tokens: length of the greedy answers.
         answers: how many conversations are answered; all when left out.
     """
@@ -181,6 +215,7 @@ class Validate(Frozen):
     windows: Annotated[int, Field(ge=1, le=64)] = 8
     window_tokens: Annotated[int, Field(ge=16, le=2048)] = 256
     decode_tokens: Annotated[int, Field(ge=2)] | None = None
+    long_tokens: Annotated[int, Field(ge=128, le=1 << 20)] | None = None
     greedy_tokens: Annotated[int, Field(ge=1, le=256)] = 32
     answers: Annotated[int, Field(ge=1)] | None = None
     gates: Gates
@@ -211,15 +246,23 @@ class Objective(Frozen):
 
 
 class Recipe(Frozen):
-    """What is built: one checkpoint, one export, one scheme, one target, one set of gates."""
+    """What is built: one checkpoint, one export, one scheme, one target, one set of gates.
+
+    ``task`` is what the package is for: to generate text, to embed texts, or to rank documents for a query.
+
+    ``adapters`` are LoRA adapters by name, each a file of the package that is loaded at run time; an empty mapping
+    makes a package that takes some later.
+    """
 
     description: str = ""
+    task: Literal["generate", "embed", "rerank"] = "generate"
     target: str
     checkpoint: Checkpoint
     architecture: Architecture | None = None
     export: Export = Export()
     npu: Npu | None = None
     quantize: Scheme
+    adapters: dict[str, Adapter] | None = None
     validation: Annotated[Validate, Field(alias="validate")]
     generation: Generation = Generation()
     objective: Objective = Objective()
@@ -254,11 +297,32 @@ def load(path: Path) -> Loaded:
         recipe = Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
         findings += [_explain(item, document) for item in error.errors() if _is_own_fault(item, document)]
+    findings += [Finding(document.place(loc), text) for loc, text in _gate_findings(document)]
     if not document.refused:  # what could not be read may be what resolves a contradiction
         findings += [Finding(document.place(loc), text) for loc, text in _contradictions(document.value)]
     if findings:
         raise strict_yaml.error(findings, path, fix="`qwen-onnx recipe schema` lists all keys")
     return Loaded(name, path, recipe, document.value)
+
+
+def read(value: dict[str, Any], where: Path) -> Recipe:
+    """The recipe that plain values make, checked like a file's.
+
+    Args:
+        where: a file to name in errors, such as the base that most of the value is from.
+
+    Raises:
+        RecipeError: with all findings, one a line.
+    """
+    document = Document(where, value)
+    findings = [Finding(document.place(loc), text) for loc, text in _contradictions(value)]
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        findings += [_explain(item, document) for item in error.errors()]
+    if findings:
+        raise strict_yaml.error(findings, where, fix="")
+    return recipe
 
 
 def find(folder: Path) -> list[Path]:
@@ -395,19 +459,79 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         yield from targets.problems(target, export if isinstance(export, dict) else {}, scheme)
         yield from _npu_contradictions(target, value.get("npu"))
         yield from _window_contradictions(value)
-    if (checkpoint := _typed(Checkpoint, value.get("checkpoint"))) and checkpoint.sha256 is None:
+    if (task := TASKS.get(str(value.get("task", GENERATE)))) and not task.generates:
+        yield from _retrieval_contradictions(task, value, scheme)
+    yield from _adapter_contradictions(value, target, scheme)
+    if checkpoint := _typed(Checkpoint, value.get("checkpoint")):
+        yield from _revision_contradictions(checkpoint)
+    if checkpoint and checkpoint.sha256 is None:
         for index, source in enumerate(checkpoint.sources):
-            if source.type == "wheels" or (source.type == "hub" and source.file):
+            if source.type == "wheels" or (source.type == "hub" and source.file and source.locked):
                 text = "a remote file needs `checkpoint.sha256`: the digest decides, so that no mirror needs trust"
                 yield ("checkpoint", "sources", index), text
     if architecture := _typed(Architecture, value.get("architecture")):
-        family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
-        if family is None:
-            yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in (*family.exporters, *(() if family.sees else ("static", "openvino"))):
-            yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
-        elif family.sees and target and target.provider != targets.CPU:
-            yield ("target",), f"{target.name} takes no models that see, such as {family.model_type}: use cpu"
+        yield from _family_contradictions(architecture, _typed(Export, value.get("export", {})), target)
+
+
+def _family_contradictions(
+    architecture: Architecture, export: Export | None, target: Target | None
+) -> Iterator[tuple[Loc, str]]:
+    family = FAMILIES.get(architecture.model_type)
+    if family is None:
+        yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
+        return
+    if export and export.exporter not in (*family.exporters, *(() if family.sees else ("static", "openvino"))):
+        yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+    if family.sees and target and target.provider != targets.CPU:
+        yield ("target",), f"{target.name} takes no models that see, such as {family.model_type}: use cpu"
+
+
+def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]]:
+    """Revisions that are a commit with a slip of the pen: as a branch they would be looked for, and not be found."""
+    for index, source in enumerate(checkpoint.sources):
+        if source.type == "hub" and not source.locked and _NEARLY_COMMIT.fullmatch(source.revision):
+            text = f"`revision`: should be a whole commit, 40 hexadecimal digits in lower case, got {source.revision!r}"
+            yield ("checkpoint", "sources", index, "revision"), text
+
+
+# Forms whose projections are products of floats beside which another one can be computed.
+_WITH_SLOTS = ("gptq", "min_error", "rtn", "k_quant", "none")
+
+
+def _adapter_name_problems(adapters: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
+    """Names that cannot be files of a package."""
+    seen: dict[str, str] = {}
+    for name in adapters:
+        if not _ADAPTER_NAME.fullmatch(name) or name.endswith(".onnx_adapter"):
+            text = "it becomes a file name: up to 64 letters, digits and `.`, `_`, `-`, a letter or digit first"
+            yield ("adapters", name), f"`{name}` cannot be the name of an adapter: {text}"
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            yield ("adapters", name), f"`{name}` and `{other}` are one file where case does not count"
+
+
+def _adapter_contradictions(
+    value: dict[str, Any], target: Target | None, scheme: Scheme | None
+) -> Iterator[tuple[Loc, str]]:
+    """What forbids to keep adapters apart from the weights."""
+    if not isinstance(value.get("adapters"), dict):
+        return
+    yield from _adapter_name_problems(value["adapters"])
+    checkpoint, export = _typed(Checkpoint, value.get("checkpoint")), _typed(Export, value.get("export", {}))
+    if checkpoint and checkpoint.adapter:
+        text = "one adapter is merged into the checkpoint, and those kept apart were trained without it"
+        yield ("adapters",), f"{text}: remove `checkpoint.adapter` or `adapters`"
+    if export and export.rotate:
+        text = "a rotated model computes in another basis than its adapters, which would be wrong without a word"
+        yield ("adapters",), f"{text}: remove `export.rotate` or `adapters`"
+    extra = export.options.get("extra_options") if export else None
+    if isinstance(extra, dict) and extra.get("enable_cuda_graph"):
+        yield ("adapters",), "a CUDA graph repeats what was recorded, whatever the adapter: remove `enable_cuda_graph`"
+    if target and target.no_adapters:
+        yield ("adapters",), f"{target.name} takes no adapters: {target.no_adapters}. Merge one (`checkpoint.adapter`)"
+    elif scheme and scheme.algorithm not in _WITH_SLOTS:
+        text = f"{scheme.algorithm} multiplies in integers, beside which there is no place for adapters"
+        yield ("quantize", "algorithm"), f"{text}; there is with {', '.join(_WITH_SLOTS)}"
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:
@@ -427,11 +551,52 @@ def _window_contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
     npu, spec = _typed(Npu, value.get("npu")), _typed(Validate, value.get("validate"))
     if npu is None or spec is None:
         return
+    if spec.long_tokens:
+        yield ("validate", "long_tokens"), "a compiled decoder is not measured on a long text: remove it"
     if spec.window_tokens > npu.cache:
         yield ("validate", "window_tokens"), f"{spec.window_tokens} tokens do not fit the cache of {npu.cache} slots"
     if (spec.decode_tokens or 0) >= spec.window_tokens:
         text = f"it must be less than the window of {spec.window_tokens} tokens, whose rest is prefilled"
         yield ("validate", "decode_tokens"), text
+
+
+def _gate_findings(document: Document) -> Iterator[tuple[Loc, str]]:
+    """Gates that the recipe's task needs, and gates of other tasks; what could not be read may be either."""
+    task, section = TASKS.get(str(document.value.get("task", GENERATE))), document.value.get("validate")
+    gates = section.get("gates") if isinstance(section, dict) else None
+    unread = any(bad == ("validate", "gates")[: len(bad)] or bad == ("task",) for bad in document.refused)
+    if task is None or not isinstance(gates, dict) or unread:
+        return
+    for name in task.required:
+        loc = ("validate", "gates", name)
+        if gates.get(name) is None and loc not in document.refused:
+            yield loc, f"missing key `validate.gates.{name}`"
+    known = (*task.required, *task.optional)
+    for name, bound in gates.items():
+        if name in Gates.model_fields and name not in known and bound is not None:
+            yield ("validate", "gates", name), f"`{name}` is no gate of task {task.name}; those are {', '.join(known)}"
+
+
+def _retrieval_contradictions(task: Task, value: dict[str, Any], scheme: Scheme | None) -> Iterator[tuple[Loc, str]]:
+    """What packages that generate nothing have no use for, or cannot be made with."""
+    export = _typed(Export, value.get("export", {}))
+    if value.get("target") in TARGETS and value["target"] != "cpu":
+        yield ("target",), f"packages that {task.name} are made for target cpu only, not for {value['target']}"
+    if export and export.exporter != "genai":
+        yield ("export", "exporter"), f"a graph that can {task.name} is made from the genai exporter's"
+    if export and export.draft_tokens:
+        yield ("export", "draft_tokens"), f"drafts are for generation: a package that can {task.name} has none"
+    if export and export.rotate and not task.labels:
+        yield ("export", "rotate"), "vectors would be turned too, and not compare with those of the original model"
+    if scheme is None:
+        return
+    if scheme.algorithm not in _RETRIEVAL_ALGORITHMS:
+        known = ", ".join(_RETRIEVAL_ALGORITHMS)
+        yield ("quantize", "algorithm"), f"task {task.name} takes {known}, not {scheme.algorithm}"
+    if scheme.head:
+        yield ("quantize", "head"), f"a package that can {task.name} has no head to quantize: remove `head`"
+    if scheme.embedding == "shared":
+        yield ("quantize", "embedding"), "there is no head to share with: use `float` or a scheme"
 
 
 def _choice(word: str, known: list[str]) -> str:

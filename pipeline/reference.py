@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,27 @@ class Reference:
 
         seen = cache.get_seq_length() if cache is not None else 0
         return {"cache_position": torch.tensor([seen])} if seen and hasattr(self.model.model, "rope_deltas") else {}
+
+
+@contextmanager
+def adapted(reference: Reference, adapter: Path) -> Iterator[Reference]:
+    """The reference with the LoRA adapter that peft saved in the directory ``adapter``, which peft itself applies.
+
+    The reference is used up meanwhile, and is as it was at the end.
+
+    Raises:
+        CheckpointError: peft cannot load it.
+    """
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(reference.model, str(adapter), local_files_only=True).eval()
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError("peft cannot load the adapter", where=str(adapter), why=str(error)[:500]) from error
+    try:
+        yield replace(reference, model=wrapped)
+    finally:
+        wrapped.unload()
 
 
 def load(checkpoint: Path, held_whole: int = HELD_WHOLE) -> Reference:

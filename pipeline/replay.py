@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 GOLDEN = "golden.jsonl"
 MANIFEST = "manifest.json"
 DEFAULT = {"top1": 0.9, "logprob": 0.15}
+_ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # NAME of NAME.onnx_adapter
 # Exit codes, those of qwen-onnx: the device differs or the package is damaged; the runtime or its hardware is missing.
 DIFFERS, MISSING = 9, 10
 
@@ -192,6 +194,7 @@ def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | None = None
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
 
+    Answers that were given with a LoRA adapter have its name besides (``adapter``).
     Those that show pictures have ``images``, each a PNG in base64.
 
     Raises:
@@ -210,6 +213,8 @@ def read(path: Path) -> list[dict[str, Any]]:
                 raise ValueError("an image is no PNG")
         if not entry["prompt"]:
             raise ValueError("a prompt is empty")
+        if "adapter" in entry and not _ADAPTER.fullmatch(entry["adapter"]):
+            raise ValueError("the name of an adapter is no file name")
     if not any(entry["tokens"] for entry in entries):
         raise ValueError("it has no tokens")
     return entries
@@ -226,6 +231,7 @@ def scores(
     prompt: Sequence[int],
     tokens: Sequence[int],
     window: int = 1,
+    adapter: tuple[Any, str] | None = None,
     prepared: Prepared | None = None,
 ) -> tuple[list[int], list[float]]:
     """Let the model answer ``tokens`` after ``prompt``.
@@ -234,6 +240,7 @@ def scores(
         model: an ``onnxruntime_genai.Model``.
         prompt, tokens: ids.
         window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
+        adapter: an ``onnxruntime_genai.Adapters`` and the name in it of the one to answer with.
         prepared: the pictures of the prompt.
 
     Returns:
@@ -245,6 +252,8 @@ def scores(
     room = -(-len(prompt) // window) * window + max(len(tokens), 1)
     parameters.set_search_options(max_length=room, do_sample=False)
     generator = og.Generator(model, parameters)
+    if adapter:
+        generator.set_active_adapter(*adapter)  # before the first token: the cache must not be of two models
     feed(generator, prompt, prepared)
     first, logprobs = [], []
     for index, token in enumerate(tokens):
@@ -267,42 +276,72 @@ def _last_row(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return row
 
 
-def replay(model: Any, entries: Sequence[dict[str, Any]], window: int = 1) -> dict[str, Any]:
-    """Run all entries; ``window`` as in `scores`.
+def replay(
+    model: Any, entries: Sequence[dict[str, Any]], window: int = 1, package: Path | None = None
+) -> dict[str, Any]:
+    """Run all entries; ``window`` as in `scores`, ``package`` is where the adapters of entries lie that have one.
 
     Returns:
         ``prompts``; ``identical``: prompts whose every token is ranked first, so that a greedy answer is the same;
-        ``tokens``; ``top1``: share of tokens ranked first; ``logprob``: mean difference of log-probabilities, in nats.
+        ``tokens``; ``top1``: share of tokens ranked first; ``logprob``: mean difference of log-probabilities, in nats;
+        where there are adapters, ``adapters``: the same for each of them by name, whose entries count there only.
     """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(entry.get("adapter", ""), []).append(entry)
+    found = {name: _replay(model, group, window, _loaded(model, name, package)) for name, group in groups.items()}
+    plain = found.pop("", {"prompts": 0, "identical": 0, "tokens": 0, "top1": 1.0, "logprob": 0.0})
+    return {**plain, "adapters": found} if found else plain
+
+
+def _loaded(model: Any, name: str, package: Path | None) -> tuple[Any, str] | None:
+    """An adapter of the package, ready to be activated."""
+    if not name:
+        return None
+    import onnxruntime_genai as og
+
+    adapters = og.Adapters(model)
+    adapters.load(str((package or Path()) / f"{name}.onnx_adapter"), name)
+    return adapters, name
+
+
+def _replay(
+    model: Any, entries: Sequence[dict[str, Any]], window: int, adapter: tuple[Any, str] | None
+) -> dict[str, Any]:
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, pictures_of(model, entry))
+        shown = pictures_of(model, entry)
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, adapter, shown)
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)
         differences += [abs(a - b) for a, b in zip(logprobs, entry["logprobs"], strict=True)]
-    mean = float(np.mean(differences))
+    mean = float(np.mean(differences)) if differences else 0.0
     return {
         "prompts": len(entries),
         "identical": identical,
         "tokens": total,
-        "top1": round(right / total, 4),
+        "top1": round(right / total, 4) if total else 1.0,
         "logprob": round(mean, 4) if np.isfinite(mean) else float("inf"),
     }
 
 
 def verdict(result: dict[str, Any], tolerance: dict[str, float]) -> str:
-    """What is out of tolerance (``top1`` at least, ``logprob`` at most); empty when nothing is."""
+    """What is out of tolerance (``top1`` at least, ``logprob`` at most), with each adapter; empty when nothing is."""
     found = []
-    if result["top1"] < tolerance["top1"]:
-        found.append(
-            f"{result['top1']:.1%} of golden tokens are ranked first, at least {tolerance['top1']:.0%} should be"
-        )
-    if not result["logprob"] <= tolerance["logprob"]:
-        found.append(
-            f"log-probabilities differ by {result['logprob']:.3f} nats, at most {tolerance['logprob']:g} are expected"
-        )
+    for name, part in (("", result), *result.get("adapters", {}).items()):
+        whose = f" with {name}" if name else ""
+        if part["top1"] < tolerance["top1"]:
+            found.append(
+                f"{part['top1']:.1%} of golden tokens{whose} are ranked first, "
+                f"at least {tolerance['top1']:.0%} should be"
+            )
+        if not part["logprob"] <= tolerance["logprob"]:
+            found.append(
+                f"log-probabilities{whose} differ by {part['logprob']:.3f} nats, "
+                f"at most {tolerance['logprob']:g} are expected"
+            )
     return "; ".join(found)
 
 
@@ -331,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         begin = time.perf_counter()
         with chatter_aside():
             model = og.Model(settings)
-        result = replay(model, entries, window)
+        result = replay(model, entries, window, options.package)
     except Exception as error:
         return _failed(error, "install the runtime that README.md names, on the hardware that it names", MISSING)
     problem = verdict(result, tolerance)
@@ -340,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"tokens ranked first, log-probabilities within {result['logprob']:.4f} nats on average "
         f"({time.perf_counter() - begin:.0f} s)"
     )
+    for name, part in result.get("adapters", {}).items():
+        print(f"with {name}: {part['identical']} of {part['prompts']} answers identical, {part['top1']:.1%} of tokens")
     print(f"FAIL: {problem}" if problem else "PASS: this device computes what was validated")
     return DIFFERS if problem else 0
 

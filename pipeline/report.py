@@ -207,6 +207,8 @@ def validation(data: Mapping[str, Any]) -> str:
         *_elsewhere(candidate),
         table(rows, ("", "METRIC", "PATH", "VALUE", "GATE")),
     ]
+    if found := data.get("retrieval"):
+        return "\n".join([*lines, f"{found['texts']} texts, one by one and in padded batches"])
     if data["finite"]:
         domains = data["decode"]["domains"].items()
         lines.append("mean KL by text: " + ", ".join(f"{name} {figures['mean_kl']:.4f}" for name, figures in domains))
@@ -305,8 +307,13 @@ def package(folder: Path) -> str:
 
 def next_steps(folder: Path) -> str:
     """What to do with a package."""
+    asked = {
+        "generate": f'generate {folder} --prompt "..."     ask it something',
+        "embed": f'embed {folder} --text "..."     a vector',
+        "rerank": f'rerank {folder} --query "..." --document "..."     a score',
+    }[read_manifest(folder).task]
     return (
-        f'\nnext:  qwen-onnx generate {folder} --prompt "..."     ask it something\n'
+        f"\nnext:  qwen-onnx {asked}\n"
         f"       qwen-onnx verify {folder} --replay           check it, here or where it is received\n"
         f"       {folder / 'README.md'}                       how an app loads it"
     )

@@ -7,17 +7,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest
+from pipeline import digest, processes
 from pipeline.artifact import CHECKSUMS, MANIFEST, VALIDATION, Artifact, Need, Step, read_manifest
 from pipeline.errors import QwenOnnxError, ResourceError, StageError, StoreError, UsageError, from_dict
+from pipeline.processes import Process
 from pipeline.report import Reporter
 from pipeline.store import Store
 
@@ -81,6 +80,8 @@ def _walk(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, 
     done: dict[str, Artifact] = {}
     if any(store.get(step.stage, step.key) is None for step in steps):
         check(need(steps, store))
+    if any(step.stage in processes.FORKED and store.get(step.stage, step.key) is None for step in steps):
+        processes.prepare()
     for step in steps:
         inputs = {name: done[name] for name in step.inputs}
         done[step.stage] = _one(step, inputs, store, reporter)
@@ -150,24 +151,14 @@ def _run(
         "step": {**step.as_dict(), "context": context},
         "inputs": {name: {**asdict(artifact), "path": str(artifact.path)} for name, artifact in inputs.items()},
         "out_dir": str(out_dir),
-        "events": write_end,
-        "parent": os.getpid(),
     }
     job_file = out_dir.parent / "job.json"
     job_file.write_text(json.dumps(job), encoding="utf-8")
-    with log.open("wb") as output:
-        # The worker inherits the lock: if this process is killed, nobody else starts until the worker is gone too.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipeline.worker", str(job_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(write_end, lock),
-            start_new_session=True,
-        )
+    # The worker inherits the lock: if this process is killed, nobody else starts until the worker is gone too.
+    process = processes.start(step.stage, job_file, log, write_end, lock)
     os.close(write_end)
     outcome: dict[str, Any] = {}
-    with _ended(process), os.fdopen(read_end) as events:
+    with _killed(process), os.fdopen(read_end) as events:
         for line in events:
             if not line.endswith("\n"):  # the worker died while it wrote
                 break
@@ -176,12 +167,12 @@ def _run(
                 reporter.progress(step.stage, event["part"], event["what"])
             else:
                 outcome = event
-        process.wait()
+        code = process.wait()
     job_file.unlink()
     if outcome.get("event") == "error":
         raise _located(from_dict(outcome), log)
-    if outcome.get("event") != "result" or process.returncode:
-        raise _died(step, process.returncode, log)
+    if outcome.get("event") != "result" or code:
+        raise _died(step, code, log)
     facts = dict(outcome["facts"])
     if outcome["refused"]:
         facts["refused"] = outcome["refused"]
@@ -189,15 +180,14 @@ def _run(
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _killed(process: Process) -> Iterator[None]:
     """Leave no worker behind, whatever happens to this process's attention."""
     try:
         yield
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _located(error: QwenOnnxError, log: Path) -> QwenOnnxError:

@@ -18,7 +18,8 @@ from pipeline.replay import chatter_aside, configure, graphs_of, provider_of, un
 class Session:
     """A loaded package: the runtime's model, and the facts of its ``genai_config.json`` that callers need.
 
-    ``provider`` is the runtime's name of what computes: ``cpu``, ``cuda``, ``dml``…
+    ``provider`` is the runtime's name of what computes: ``cpu``, ``cuda``, ``dml``… ``adapter`` is the name of the LoRA
+    adapter that its generators have (`pipeline.adapters`), and ``adapters`` the runtime's container of it.
     """
 
     package: Path
@@ -26,6 +27,8 @@ class Session:
     config: dict[str, Any]
     threads: int
     provider: str
+    adapter: str = ""
+    adapters: Any = None
 
     @property
     def context_length(self) -> int:

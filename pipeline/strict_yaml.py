@@ -238,7 +238,7 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], loc: Loc, document: 
             value.append(_value(item, events, (*loc, len(value)), document))
     else:
         assert isinstance(event, yaml.ScalarEvent)
-        value = _scalar(event.value) if event.implicit[0] else event.value
+        value = scalar(event.value) if event.implicit[0] else event.value
         if isinstance(value, float) and not math.isfinite(value):
             document.refuse(loc, place, f"`{event.value}` is not a finite number")
     return None if loc in document.refused else value
@@ -272,7 +272,7 @@ def _mapping(events: Iterator[yaml.Event], loc: Loc, document: Document) -> dict
     return result
 
 
-def _scalar(text: str) -> str | int | float | bool | None:
+def scalar(text: str) -> str | int | float | bool | None:
     """What a plain scalar means in the core schema (YAML 1.2, section 10.3.2); more than 18 digits are text."""
     if _NULL.fullmatch(text):
         return None

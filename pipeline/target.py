@@ -104,6 +104,7 @@ class Target:
         isolated: whether graphs and weights are made in an environment of their own (`pipeline.isolated`).
         missing: why it cannot be built; empty when it can.
         draft_tokens: longest draft that its packages verify at once, unless a recipe has another.
+        no_adapters: why LoRA adapters cannot be loaded beside the weights; empty when they can.
     """
 
     name: str
@@ -123,12 +124,16 @@ class Target:
     isolated: bool = False
     missing: str = ""
     draft_tokens: int = 0
+    no_adapters: str = ""
 
 
 _FINE = (16, 32, 64, 128, 256)
 _GPU_BLOCKS = (16, 32, 64, 128)
 _GB = 1 << 30
 _NPU = Tolerance(top1=0.8, logprob=0.3)  # NPUs round activations between operators
+# Read in ONNX Runtime's sources (core/session/lora_adapters.cc): tensors of adapters go nowhere else.
+_NOT_MOVED = "ONNX Runtime brings adapters to processors and, through CUDA, to NVIDIA GPUs only"
+_NO_SLOTS = "its graphs are compiled as a whole, and take no weights at run time"
 
 TARGETS: dict[str, Target] = {
     target.name: target
@@ -178,6 +183,7 @@ TARGETS: dict[str, Target] = {
             ),
             max_file=4 * _GB,
             max_opset=22,
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="webgpu",
@@ -188,6 +194,7 @@ TARGETS: dict[str, Target] = {
             kernels=Kernels({4: (32, 64, 128), 8: (32, 64, 128)}, embedding="asymmetric"),
             runtime=Runtime("onnxruntime-genai", "0.14.1", "Linux, Windows, macOS", plugin="onnxruntime-ep-webgpu"),
             max_file=2 * _GB,  # of one file in a browser
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="tensorrt-rtx",
@@ -200,6 +207,7 @@ TARGETS: dict[str, Target] = {
             runtime=Runtime(
                 "onnxruntime-genai-cuda", "0.14.1", "Linux, Windows", plugin="onnxruntime-ep-nv-tensorrt-rtx"
             ),
+            no_adapters=_NOT_MOVED,
         ),
         Target(
             name="npu",
@@ -218,6 +226,7 @@ TARGETS: dict[str, Target] = {
             algorithms=("static",),
             exporters=("static",),
             compiled=True,
+            no_adapters=_NO_SLOTS,
         ),
         Target(
             name="openvino",
@@ -233,6 +242,7 @@ TARGETS: dict[str, Target] = {
             algorithms=("nncf",),
             exporters=("openvino",),
             isolated=True,
+            no_adapters=_NO_SLOTS,
         ),
         Target(
             name="vitisai",
@@ -245,6 +255,7 @@ TARGETS: dict[str, Target] = {
             replay=_NPU,
             missing="the model generator of Ryzen AI, which writes graphs for this provider, and the provider itself "
             "come with AMD's installer only; the package index has neither",
+            no_adapters=_NO_SLOTS,
         ),
     )
 }

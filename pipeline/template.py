@@ -28,15 +28,26 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         ValueError: the template fails, reaches for what the sandbox forbids, or needs too much time or memory;
             or a variable is no JSON value.
     """
+    return str(_ask({"template": template, "variables": variables})["text"])
+
+
+def names(template: str) -> frozenset[str]:
+    """The variables that ``template`` reads and does not set itself; raises as `render` does."""
+    return frozenset(_ask({"template": template})["names"])
+
+
+def _ask(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What this file, run as a script, answers to a job."""
     try:
-        job = json.dumps({"template": template, "variables": variables})
+        text = json.dumps(job)
     except (TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     command = [sys.executable, "-P", __file__]
     try:
-        done = subprocess.run(command, input=job, capture_output=True, encoding="utf-8", timeout=_START, check=False)
+        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=_START, check=False)
     except subprocess.TimeoutExpired:
         raise ValueError(f"it takes more than {_START} seconds") from None
+    answer: dict[str, Any]
     try:
         answer = json.loads(done.stdout)
     except ValueError:  # the system ended the script
@@ -45,7 +56,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise ImportError(answer["missing"])
     if "error" in answer:
         raise ValueError(answer["error"])
-    return str(answer["text"])
+    return answer
 
 
 def _limit() -> None:
@@ -66,7 +77,7 @@ def _limit() -> None:
         return
 
 
-def _rendered(template: str, variables: Mapping[str, Any]) -> str:
+def _environment() -> Any:
     from datetime import datetime
 
     import jinja2
@@ -85,19 +96,32 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> str:
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    text = environment.from_string(template).render(**variables)
+    return environment
+
+
+def _rendered(template: str, variables: Mapping[str, Any]) -> str:
+    text: str = _environment().from_string(template).render(**variables)
     if len(text) > OUTPUT:
         raise ValueError(f"its text is longer than {OUTPUT >> 20} million characters")
     return text
 
 
-def _answer(job: Mapping[str, Any]) -> dict[str, str]:
+def _names(template: str) -> list[str]:
+    from jinja2 import meta
+
+    environment = _environment()
+    return sorted(meta.find_undeclared_variables(environment.parse(template)) - set(environment.globals))
+
+
+def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         import jinja2  # noqa: F401 - before the limits: loading it is not the template's time
     except ImportError as error:
         return {"missing": str(error)}
     _limit()
     try:
+        if "variables" not in job:
+            return {"names": _names(job["template"])}
         return {"text": _rendered(job["template"], job["variables"])}
     except MemoryError:
         return {"error": f"it takes more than {MEMORY >> 20} MiB of memory"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,20 @@ _WEATHER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the form of OpenAI's chat interface, and the tools that the model may call."""
+    """Messages in the form of OpenAI's chat interface, and the tools that the model may call.
+
+    ``variables`` are what else the chat template is given.
+    """
 
     name: str
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def given(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The messages, and all that a template is given besides; JSON values of their own."""
+        tools = {"tools": [dict(tool) for tool in self.tools]} if self.tools else {}
+        return [dict(message) for message in self.messages], {**tools, **self.variables}
 
 
 def _ask(text: str) -> dict[str, str]:
@@ -136,4 +145,48 @@ CONVERSATIONS: tuple[Conversation, ...] = (
         ),
         (_WEATHER,),
     ),
+)
+
+_SUM = _ask("What is 17 + 25? Answer with the number only.")
+_AGAIN = (
+    _SUM,
+    {"role": "assistant", "content": "<think>\n17 + 25 is 17 + 20 + 5, which is 42.\n</think>\n\n42"},
+    _ask("And 18 + 25?"),
+)
+_ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
+
+THINKING: tuple[Conversation, ...] = (
+    Conversation("thinking", (_SUM,), variables=_ON),
+    Conversation("no thinking", (_SUM,), variables=_OFF),
+    Conversation("thinking, turns", _AGAIN, variables=_ON),
+    Conversation("no thinking, turns", _AGAIN, variables=_OFF),
+    Conversation("thinking, tools", (_ask("What is the weather in Oslo right now?"),), (_WEATHER,), _ON),
+    Conversation("no thinking, tools", (_ask("What is the weather in Oslo right now?"),), (_WEATHER,), _OFF),
+)
+
+
+def conversations(thinking: bool) -> tuple[Conversation, ...]:
+    """What a model is asked; of one that can think and leave it, both first, since some recipes ask only a few."""
+    return (*THINKING, *CONVERSATIONS) if thinking else CONVERSATIONS
+
+
+# What packages that embed or rank are measured with, in several languages; each query has its document, and none is
+# in the calibration text.
+QUERIES = (
+    "How do bees tell one another where the flowers are?",
+    "reverse a linked list without extra memory",
+    "为什么天空是蓝色的?",
+    "What is the derivative of x squared times the sine of x?",
+    "Wann wurde die Berliner Mauer gebaut?",
+    "recipe for bread without yeast",
+)
+DOCUMENTS = (
+    "A honeybee that has found food dances on the comb: the angle of its dance is that of the flowers and the sun.",
+    "def turn(node):\n    last = None\n    while node:\n        node.next, last, node = last, node, node.next",
+    "阳光穿过大气时,波长较短的蓝光比红光更容易被空气分子散射,所以我们从各个方向看到的天空都是蓝色的。",
+    "By the product rule, (x^2 sin x)' = 2x sin x + x^2 cos x.",
+    "In der Nacht zum 13. August 1961 begann die DDR, die Grenze zu den Westsektoren Berlins zu schließen.",
+    "Soda bread rises with baking soda and buttermilk: mix, shape a loaf, cut a cross into it, bake it.",
+    "The tram leaves every ten minutes on weekdays and every twenty minutes on Sundays.",
+    "A wasp builds its nest from wood that it chews to paper.",
 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, onnx_references
+from pipeline import adapter_files, digest, onnx_references, retrieval_config
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST, Manifest, is_file_name, read_json, read_manifest
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
@@ -120,12 +120,16 @@ _PROVIDERS = {
 _OPTION = re.compile(r"[A-Za-z0-9_-]{0,40}")
 # What callers read of a configuration, so that a file without it is refused here and not a traceback there.
 _NEEDED = ("type", "context_length", "vocab_size", "eos_token_id", "decoder")
-_RUNTIMES = (
-    "onnxruntime-genai",
-    "onnxruntime-genai-cuda",
-    "onnxruntime-genai-directml",
-    "onnxruntime-genai-winml",
-)
+# Distributions of the two runtimes, the one for packages that generate text first.
+_RUNTIMES = {
+    True: (
+        "onnxruntime-genai",
+        "onnxruntime-genai-cuda",
+        "onnxruntime-genai-directml",
+        "onnxruntime-genai-winml",
+    ),
+    False: ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml"),
+}
 
 
 def check_files(package: Path, progress: Callable[[int], None] | None = None) -> Manifest:
@@ -192,6 +196,18 @@ def _checksum_problems(package: Path, wanted: Mapping[str, str]) -> list[str]:
 def checksums(files: Mapping[str, str]) -> bytes:
     """The content of ``SHA256SUMS`` for name → sha256, in the format of sha256sum(1)."""
     return "".join(f"{files[name]}  {name}\n" for name in sorted(files)).encode()
+
+
+def check_settings(package: Path, manifest: Manifest) -> None:
+    """Refuse a configuration that the package's task does not have.
+
+    Raises:
+        PackageError: naming every key.
+    """
+    if manifest.generates:
+        check_config(package)
+    elif (found := retrieval_config.read_config(package)["task"]) != manifest.task:
+        raise PackageError(f"{MANIFEST} says that the package is to {manifest.task}, its configuration to {found!r}")
 
 
 def check_config(package: Path) -> None:
@@ -361,7 +377,7 @@ def _is_regular(file: Path) -> bool:
 
 
 def check_runtime(manifest: Manifest) -> str:
-    """The installed onnxruntime-genai's version, if it is recent enough for the package.
+    """The installed runtime's version, if it is recent enough for the package.
 
     Raises:
         RuntimeMissing: it is absent or older than the manifest's ``runtime.minimum``.
@@ -369,15 +385,16 @@ def check_runtime(manifest: Manifest) -> str:
     from importlib import metadata
 
     minimum = str(manifest.data["runtime"].get("minimum", "0"))
-    installed = {entry.name: entry.version for name in _RUNTIMES for entry in metadata.distributions(name=name)}
+    names = _RUNTIMES[manifest.generates]
+    installed = {entry.name: entry.version for name in names for entry in metadata.distributions(name=name)}
     if not installed:
-        raise RuntimeMissing("onnxruntime-genai is not installed", fix="pip install '.[serve]'")
+        raise RuntimeMissing(f"{names[0]} is not installed", fix="pip install '.[serve]'")
     found = next(iter(installed.values()))
     if _version(found) < _version(minimum):
         raise RuntimeMissing(
-            f"onnxruntime-genai {found} is too old for the package",
+            f"{names[0]} {found} is too old for the package",
             why=f"it needs {minimum}",
-            fix=f"pip install 'onnxruntime-genai>={minimum}'",
+            fix=f"pip install '{names[0]}>={minimum}'",
         )
     return found
 
@@ -404,7 +421,7 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
         PackageError: the transcript or the model cannot be loaded, or the device is out of tolerance.
         RuntimeMissing: the package's provider is not to be had here.
     """
-    from pipeline import generate, images, session
+    from pipeline import adapters, generate, images, session
     from pipeline import replay as transcript
 
     try:
@@ -418,9 +435,11 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
                 images.check(base64.b64decode(image), GOLDEN)
             prepared = transcript.pictures_of(opened.model, entry)
             generate.check_answer(opened, entry["prompt"], entry["tokens"], prepared)
+        for name in sorted({entry["adapter"] for entry in entries if "adapter" in entry}):
+            adapters.activate(opened, adapters.find(package, name))
     except (UsageError, RuntimeError) as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
-    result = transcript.replay(opened.model, entries, opened.window)
+    result = transcript.replay(opened.model, entries, opened.window, package)
     tolerance = {**transcript.DEFAULT, **read_manifest(package).data.get("replay", {})}
     if problem := transcript.verdict(result, tolerance):
         raise PackageError(
@@ -431,6 +450,35 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
     return {**result, "provider": opened.provider}
 
 
+def replay_retrieval(package: Path) -> dict[str, Any]:
+    """The same of a package that embeds or ranks.
+
+    Returns:
+        what `pipeline.retrieval_replay.replay` returns.
+
+    Raises:
+        PackageError, RuntimeMissing: as `replay`.
+    """
+    from pipeline import retrieval, retrieval_replay
+
+    config = retrieval_config.read_config(package)
+    try:
+        entries = retrieval_replay.read(package / GOLDEN, config["dimensions"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise PackageError(f"{GOLDEN} cannot be read", where=str(package / GOLDEN), why=str(error)) from None
+    opened = retrieval.open_package(package)
+    if max(token for entry in entries for token in entry["ids"]) >= opened.tokenizer.trusted.get_vocab_size():
+        raise PackageError(f"{GOLDEN} is no transcript of this model", why="it has ids outside of the vocabulary")
+    result = retrieval_replay.replay(opened.session, config, entries)
+    if problem := retrieval_replay.verdict(result, read_manifest(package).data.get("replay", {})):
+        raise PackageError(
+            "this machine does not compute what was validated",
+            why=problem,
+            fix="update onnxruntime, and report the device and the versions",
+        )
+    return result
+
+
 def package(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:
     """All checks that need no runtime, in order; returns the manifest.
 
@@ -438,8 +486,9 @@ def package(folder: Path, progress: Callable[[int], None] | None = None) -> Mani
         PackageError: the first check that failed.
     """
     manifest = check_files(folder, progress)
-    check_config(folder)
+    check_settings(folder, manifest)
     check_external_data(folder)
+    adapter_files.check_package(folder, manifest)
     if "LICENSE" not in manifest.files:
         raise PackageError(f"{folder} has no LICENSE", why="nobody may use weights without one")
     return manifest

@@ -76,7 +76,7 @@ def measure(
         pixel_error = max(pixel_error, _largest(prepared.pixels, given["pixel_values"]))
         cosine = min(cosine, *_cosines(torch_model, tower, given))
         answer, ended = torch_model.greedy(full, limit, **given)
-        found = list(generate.stream(session, full, limit, None, prepared))
+        found = list(generate.stream(session, full, limit, prepared=prepared))
         rows = torch_model.logits([*full, *answer], **given)[len(full) - 1 :]
         taught = [*answer, int(rows[-1].argmax())]
         # Rows stand before each token here, a tally takes rows that stand after each.

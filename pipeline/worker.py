@@ -1,7 +1,7 @@
 """The process in which one step runs: a crash, a leak or a kill of it leaves the build standing.
 
 Reads a job (JSON) from the file that is named on the command line; writes events, one JSON object a line, to the
-descriptor that the job names. What libraries print goes to a log.
+descriptor named behind it. What libraries print goes to a log.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ _FULL = 1_000_000
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
-def main(job_file: str) -> int:
-    """Run the job in ``job_file``; returns the exit code of the process."""
+def main(job_file: str, descriptor: int, parent: int = 0) -> int:
+    """Run the job in ``job_file``, and tell its events to ``descriptor``; returns the exit code of the process.
+
+    Args:
+        parent: the process that has started this one, where it is known.
+    """
+    _die_with_parent(parent)
     job = json.loads(Path(job_file).read_bytes())
-    _die_with_parent(job["parent"])
-    _quiet_libraries()
+    quiet_libraries()
     step = Step.from_dict(job["step"])
     inputs = {name: Artifact(**{**data, "path": Path(data["path"])}) for name, data in job["inputs"].items()}
-    with os.fdopen(job["events"], "w", buffering=1) as events:
+    with os.fdopen(descriptor, "w", buffering=1) as events:
 
         def send(event: dict[str, Any]) -> None:
             print(json.dumps(event), file=events)
@@ -108,11 +112,11 @@ def _die_with_parent(parent: int) -> None:
     """Ask the kernel (Linux) to end this process when its parent dies, even by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-        if os.getppid() != parent:
+        if os.getppid() != parent if parent else os.getppid() == 1:  # it has died already
             sys.exit(1)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """No telemetry; no network but where a stage asks for it; no spinning beside others."""
     for name in ("HF_HUB_DISABLE_TELEMETRY", "OLIVE_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ[name] = "1"
@@ -124,4 +128,4 @@ def _quiet_libraries() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))

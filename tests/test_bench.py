@@ -239,7 +239,7 @@ ELSEWHERE = {
     "a directory": (_manifest([{"type": "local", "path": "model"}]), Absent, "was not built from one"),
     "a repository's directory": (_manifest([HUB]), Absent, "was not built from one"),
     "a local file": (_manifest([LOCAL]), Absent, r"Copy it to .*downloads.0{64}\.gguf"),
-    "a source of no kind": (_manifest([{**HUB, "file": "x", "revision": "main"}]), PackageError, "sources cannot be"),
+    "a source of no kind": (_manifest([{**HUB, "file": "x", "revision": "-"}]), PackageError, "sources cannot be"),
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from tiny import tiny_qwen1
 
 from pipeline import cli, digest, verify
 from pipeline.store import Store
@@ -142,12 +143,11 @@ def _start(project: Project, *options: str) -> subprocess.Popen[str]:
 
 
 def _workers(project: Project) -> list[psutil.Process]:
-    """The processes that run a step of this project's store, whoever their parent is."""
+    """The processes that run a step of this project's store, whoever their parent is: they hold its log open."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            line = process.cmdline()
-            if "pipeline.worker" in line and str(project.store) in line[-1]:
+            if any(Path(opened.path).parent == project.store / "logs" for opened in process.open_files()):
                 found.append(process)
     return found
 
@@ -248,6 +248,19 @@ def test_a_package_is_whole_validated_and_served_without_the_build_tools(
     *answer, end = map(json.loads, lines.splitlines())
     assert end["tokens"] == len(answer) <= 5
     assert all(0 <= event["token"] < 512 for event in answer)
+
+
+def test_a_checkpoint_of_qwen_1_is_built_without_its_code(tmp_path: Path) -> None:
+    project = _project(tmp_path, tiny_qwen1(tmp_path / "qwen 1"))
+    assert _stages(_build(project), "done") == STAGES
+    verify.package(project.package)
+    config = json.loads((project.package / "genai_config.json").read_bytes())["model"]
+    assert (config["type"], config["context_length"]) == ("qwen2", 512)
+    facts = json.loads(_without_build_tools("verify", str(project.package), "--replay", "--json"))
+    assert facts["replay"]["identical"] == facts["replay"]["prompts"] > 0
+    lines = _without_build_tools("generate", str(project.package), "--prompt", "The fox", "--max-tokens", "5", "--json")
+    assert len(lines.splitlines()) >= 2
+    assert [path.name for path in project.package.glob("*.py")] == ["replay.py"]
 
 
 def test_an_unchanged_recipe_is_all_cached_and_touches_nothing(project: Project) -> None:

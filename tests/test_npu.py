@@ -83,6 +83,11 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str, list[tuple[str, ...]]]] = {
         "npu-int4",
         [("zero points have no kernels on npu", "set `symmetric: true`")],
     ),
+    "a long text": (
+        {"validate": {"long_tokens": 512}},
+        "npu-int8",
+        [("a compiled decoder is not measured on a long text",)],
+    ),
     "a cache that windows do not fill": (
         {"npu": {"window": 128, "cache": 192}},
         "npu-int8",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,26 @@ def test_a_gguf_file_holds_what_the_checkpoint_holds(
     np.testing.assert_array_equal(tensors["output_norm.weight"].data, norm)
     assert ("output.weight" in tensors) is not tied
     assert read.fields["general.architecture"].contents() == model_type
+
+
+def test_a_gguf_file_scales_frequencies_as_the_checkpoint_does(
+    checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    import gguf
+
+    source = tmp_path / "scaled"
+    shutil.copytree(checkpoint_of("qwen2"), source)
+    config = json.loads((source / "config.json").read_bytes())
+    config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    (source / "config.json").write_text(json.dumps(config))
+    gguf_export.export(source, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    names = ("context_length", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
+    assert [fields[f"qwen2.{name}"].contents() for name in names] == [1024, "yarn", 4.0, 256]
+    config["rope_scaling"]["beta_fast"] = 16
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="YaRN with beta_fast is not written"):
+        gguf_export.export(source, tmp_path / "other.gguf")
 
 
 def test_a_family_without_names_for_its_tensors_is_refused(tmp_path: Path) -> None:

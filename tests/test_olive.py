@@ -219,6 +219,31 @@ def test_each_algorithm_keeps_the_interface_and_the_answers(
         assert (made.path / other).read_bytes() == (source.path / other).read_bytes()
 
 
+@pytest.mark.parametrize("algorithm", ["min_error", "gptq"])
+@pytest.mark.parametrize("name", ["genai", "optimum"])
+def test_4_bits_leave_the_norms_of_queries_and_keys_and_their_wide_heads_alone(
+    name: str, algorithm: str, exported: Exports, torch_model: Any, tmp_path: Path
+) -> None:
+    """A qwen3's heads are wider than hidden size / heads, and each is normalized on its own."""
+    settings = json.loads((exported("qwen3", name).facts["from"] / "config.json").read_bytes())
+    heads, width = settings["num_attention_heads"], settings["head_dim"]
+    assert heads * width != settings["hidden_size"]
+    source = exported("qwen3", name)
+    fields = {"body": scheme(4, 32, False), "head": scheme(8), "embedding": scheme(8)}
+    made = run_quantize(source, tmp_path / "out", algorithm=algorithm, **fields)
+    before, after = (
+        {tensor.name: tensor for tensor in graph.load(folder / "model.onnx").graph.initializer}
+        for folder in (source.path, made.path)
+    )
+    norms = [key for key, tensor in before.items() if list(tensor.dims) == [width] and "norm" in key]
+    assert len(norms) == 2 * settings["num_hidden_layers"]
+    for key in norms:
+        np.testing.assert_array_equal(read_tensor(before[key], source.path), read_tensor(after[key], made.path))
+    kl, agreement = divergence(torch_model("qwen3"), sessions.open_package(made.path))
+    assert kl < 0.3
+    assert agreement > 0.8
+
+
 def test_the_same_quantization_twice_writes_the_same_bytes(exported: Exports, tmp_path: Path) -> None:
     source = exported("qwen2", "genai")
     fields = ALGORITHMS["min_error int4, shared int8 head"][0]

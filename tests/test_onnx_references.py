@@ -186,3 +186,16 @@ def test_a_binary_inside_the_graph_is_no_file_name() -> None:
     next(entry for entry in model.graph.node[0].attribute if entry.name == "ep_cache_context").s = b"\x00\xff/../x"
     ((_, location, _, _),) = _read(model.SerializeToString())
     assert "/" in location
+
+
+def test_inputs_have_the_types_and_dimensions_that_the_library_sees() -> None:
+    given = [
+        helper.make_tensor_value_info("a", TensorProto.FLOAT, [3, "rank"]),
+        helper.make_tensor_value_info("b", TensorProto.FLOAT16, ["rank", 300]),
+        helper.make_tensor_value_info("c", TensorProto.INT64, []),
+        helper.make_tensor_value_info("d", TensorProto.INT64, None),
+    ]
+    data = helper.make_model(helper.make_graph([], "g", given, [])).SerializeToString()
+    assert onnx_references.inputs(data) == {"a": (1, (3, -1)), "b": (10, (-1, 300)), "c": (7, ()), "d": (7, ())}
+    with pytest.raises(ValueError, match=r"not of an ONNX model|of no field|longer than"):
+        onnx_references.inputs(b"\xff" * 20)

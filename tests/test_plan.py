@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = recipe.find(ROOT / "recipes")
-STAGES = [stage.name for stage in plan.STAGES if not stage.compiled]
+STAGES = [stage.name for stage in plan.STAGES if not (stage.compiled or stage.adapted)]
 VERSIONS = {name: "1" for stage in plan.STAGES if not stage.compiled for name in stage.tools}
 
 
@@ -31,7 +32,8 @@ def test_every_recipe_plans_without_weights_or_says_what_is_missing(path: Path) 
         return
     steps = plan.make(loaded)
     compiled = TARGETS[loaded.recipe.target].compiled
-    assert [step.stage for step in steps] == [stage.name for stage in plan.STAGES if compiled or not stage.compiled]
+    expected = [stage.name for stage in plan.STAGES if not stage.adapted and (compiled or not stage.compiled)]
+    assert [step.stage for step in steps] == expected
     assert all(step.estimate.memory > 0 and step.estimate.seconds > 0 for step in steps)
 
 
@@ -118,3 +120,36 @@ def test_notes_beside_a_local_checkpoint_change_nothing(tmp_path: Path) -> None:
     assert _keys(tmp_path, text) == before
     (folder / "merges.txt").write_text("y")
     assert _keys(tmp_path, text)["checkpoint"] != before["checkpoint"]
+
+
+@pytest.mark.parametrize("generation", ["", "generation: {context_length: 262145}"])
+def test_a_context_that_the_checkpoint_cannot_have_is_refused_when_planned(tmp_path: Path, generation: str) -> None:
+    """Qwen2.5-7B-Instruct-1M: trained on 262,144 tokens, and a million by dual chunk attention."""
+    (tmp_path / "here").mkdir()
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = {"model_type": "qwen2", "vocab_size": 512, **sizes, "max_position_embeddings": 1010000}
+    text = json.dumps({**config, "dual_chunk_attention_config": chunks})
+    (tmp_path / "here" / "config.json").write_text(text)
+    local = BASE.replace("type: hub, repo: a/b, revision: 0123456789012345678901234567890123456789", _LOCAL)
+    rest = REST.replace("generation: {top_k: 20}", "")
+    with pytest.raises(CheckpointError, match=r"needs dual chunk attention[\s\S]*to 262144 or less") as caught:
+        _keys(tmp_path, local + rest + generation)
+    assert "config.json" in caught.value.where
+    assert _keys(tmp_path, local + rest + "generation: {context_length: 262144}")
+
+
+_LOCAL = "type: local, path: ../here"
+
+
+def test_a_long_text_is_a_field_of_validation_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "m" / "cpu.yaml"
+    path.parent.mkdir()
+    found = {}
+    for name, text in (("without", REST), ("with", REST.replace("gates:", "long_tokens: 5000, gates:"))):
+        path.write_text(BASE + text)
+        found[name] = next(step for step in plan.make(recipe.load(path), VERSIONS) if step.stage == "validate")
+    assert "long_tokens" not in found["without"].fields
+    assert found["with"].fields["long_tokens"] == 5000
+    assert found["with"].estimate.seconds > found["without"].estimate.seconds
+    assert found["with"].estimate.memory > found["without"].estimate.memory

@@ -60,7 +60,7 @@ def refusal(path: Path) -> list[str]:
 WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "unknown key": ("descripton: x", [("cpu-int4.yaml:2: unknown key `descripton`", "did you mean `description`?")]),
     "misspelt extends": ("extend: x", [("cpu-int4.yaml:2: unknown key `extend`", "did you mean `extends`?")]),
-    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: architecture, checkpoint,")]),
+    "unknown key unlike any": ("zzz: 1", [("cpu-int4.yaml:2: unknown key `zzz`", "known: adapters, architecture,")]),
     "unknown nested key": (
         "validate:\n  gates:\n    mean_lk: 0.1",
         [("cpu-int4.yaml:4: unknown key `validate.gates.mean_lk`", "did you mean `mean_kl`?")],
@@ -108,13 +108,44 @@ WRONG: dict[str, tuple[str, list[tuple[str, str]]]] = {
         "quantize: {algorithm: min_eror}",
         [("cpu-int4.yaml:2: `quantize.algorithm`: should be 'gptq', 'min_error'", "did you mean `min_error`?")],
     ),
-    "a branch for a commit": (
-        "checkpoint: {sources: [{type: hub, repo: a/b, revision: main}]}",
-        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got 'main'")],
+    "no revision": (
+        "checkpoint: {sources: [{type: hub, repo: a/b, revision: -x}]}",
+        [("cpu-int4.yaml:2: `checkpoint.sources[0].revision`: should be a commit", "got '-x'")],
     ),
     "an option of pip for a requirement": (
         "checkpoint: {sources: [{type: wheels, wheels: [{requirement: --index-url==x, member: y}]}]}",
         [("cpu-int4.yaml:2: `checkpoint.sources[0].wheels[0].requirement`: should be a pinned requirement", "")],
+    ),
+    "adapters beside one that is merged": (
+        "checkpoint: {adapter: x}\nadapters: {a: {path: a}}",
+        [("cpu-int4.yaml:3: one adapter is merged into the checkpoint", "remove `checkpoint.adapter` or `adapters`")],
+    ),
+    "adapters of a rotated model": (
+        "export: {rotate: true}\nadapters: {a: {path: a}}",
+        [("cpu-int4.yaml:3: a rotated model computes in another basis", "remove `export.rotate` or `adapters`")],
+    ),
+    "adapters beside integer products": (
+        "adapters: {}\nquantize: {algorithm: w8a8, body: {bits: 8, block_size: -1}}",
+        [("cpu-int4.yaml:3: w8a8 multiplies in integers", "there is with gptq, min_error, rtn, k_quant, none")],
+    ),
+    "adapters where the runtime cannot bring them": (
+        "target: webgpu\nadapters: {a: {path: a}}\nquantize: {body: {block_size: 32}}",
+        [("cpu-int4.yaml:3: webgpu takes no adapters: ONNX Runtime brings", "Merge one (`checkpoint.adapter`)")],
+    ),
+    "adapters whose names are no files": (
+        "adapters:\n  a/b: {path: a}\n  x.onnx_adapter: {path: a}\n  Legal: {path: a}\n  legal: {path: a}",
+        [
+            ("cpu-int4.yaml:3: `a/b` cannot be the name of an adapter", "a letter or digit first"),
+            ("cpu-int4.yaml:4: `x.onnx_adapter` cannot be the name of an adapter", ""),
+            ("cpu-int4.yaml:6: `legal` and `Legal` are one file", ""),
+        ],
+    ),
+    "a misspelt key of an adapter": (
+        "adapters:\n  a:\n    pth: x",
+        [
+            ("cpu-int4.yaml:3: missing key `adapters.a.path`", ""),
+            ("cpu-int4.yaml:4: unknown key `adapters.a.pth`", "did"),
+        ],
     ),
     "no sources": ("checkpoint: {sources: []}", [("cpu-int4.yaml:2: `checkpoint.sources`: should have at least", "")]),
     "text for an integer": (
@@ -462,6 +493,7 @@ validate:
   windows: 1
   window_tokens: 16
   decode_tokens: 8
+  long_tokens: 128
   greedy_tokens: 1
   answers: 1
   gates: {{p99_kl: 1, greedy: 0.5, runaway: 1}}
@@ -475,6 +507,21 @@ target: npu
 export: {exporter: static}
 npu: {soc: sc8380xp, window: 32, cache: 256, share_weights: true}
 quantize: {algorithm: static, body: {bits: 8, block_size: -1}}
+"""
+
+# Gates set to nothing are the base's, which are of generation.
+OTHER_GATES = "mean_kl: null, top1: null, perplexity_ratio: null"
+EMBEDDING = f"""\
+extends: _base.yaml
+task: embed
+validate: {{gates: {{{OTHER_GATES}, cosine: 0.999, min_cosine: 0.99, ranking: 0.9}}}}
+"""
+RANKING = EMBEDDING.replace("embed", "rerank").replace("cosine: 0.999, min_cosine: 0.99", "score_error: 0.1")
+
+
+ADAPTED = """\
+extends: _base.yaml
+adapters: {billing: {path: ../billing, license: MIT}, legal: {path: legal}}
 """
 
 
@@ -505,10 +552,14 @@ def test_the_json_schema_knows_every_key_that_loads_and_no_other(tmp_path: Path)
     path = write(tmp_path, EVERYTHING)
     resolved = recipe.load(path).resolved
     compiled = recipe.load(write(tmp_path, COMPILED, "npu-int8.yaml")).resolved
-    unset = {name for name in schema["properties"] if name not in {**resolved, **compiled}}
-    assert unset == {"extends"}
-    assert accepts(schema, compiled, schema["$defs"])
-    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED))
+    embedding, ranking, adapted = (
+        recipe.load(write(tmp_path, text)).resolved for text in (EMBEDDING, RANKING, ADAPTED)
+    )
+    given = {**resolved, **compiled, **embedding, **adapted}
+    assert {name for name in schema["properties"] if name not in given} == {"extends"}
+    for value in (compiled, embedding, ranking, adapted):
+        assert accepts(schema, value, schema["$defs"])
+    used = set(re.findall(r"(\w+):", EVERYTHING + BASE + COMPILED + EMBEDDING + RANKING + ADAPTED))
     named = {name for part in (schema, *schema["$defs"].values()) for name in part["properties"]}
     assert named <= used
     assert accepts(schema, resolved, schema["$defs"])

@@ -38,9 +38,65 @@ def model_of(stored: dict[str, np.ndarray]) -> onnx.ModelProto:
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def config(folder: Path, base: float = 1e6) -> Path:
-    (folder / "config.json").write_text(json.dumps({"rope_theta": base}))
+def config(folder: Path, base: float = 1e6, **more: object) -> Path:
+    (folder / "config.json").write_text(json.dumps({"rope_theta": base, **more}))
     return folder / "config.json"
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def scaled_tables(positions: int) -> dict[str, np.ndarray]:
+    """As transformers' Qwen2 computes them from a published configuration."""
+    import torch
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    settings = Qwen2Config(rope_theta=1e6, head_dim=HEAD, max_position_embeddings=32768, rope_scaling=dict(YARN))
+    cos, sin = Qwen2RotaryEmbedding(settings)(torch.zeros(1), torch.arange(positions)[None])
+    return {"cos_cache": cos[0, :, : HEAD // 2].numpy(), "sin_cache": sin[0, :, : HEAD // 2].numpy()}
+
+
+def looked_up(model: onnx.ModelProto, positions: int) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[np.ndarray] = session.run(["cos", "sin"], {"position": np.arange(positions)})
+    return found
+
+
+def test_scaled_tables_are_those_of_transformers_up_to_the_last_position(tmp_path: Path) -> None:
+    positions = 131072
+    angles = np.arange(positions)[:, None] * np.ones(HEAD // 2)
+    model = model_of({name: angles.astype(np.float32) for name in ("cos_cache", "sin_cache")})
+    path = config(tmp_path, rope_scaling=YARN, max_position_embeddings=32768)
+    assert not rotary.compute_tables(model, tmp_path, path)  # what the graph has is something else
+    assert rotary.scale_tables(model, path)
+    wanted = scaled_tables(positions).values()
+    for values, table in zip(looked_up(model, positions), wanted, strict=True):
+        np.testing.assert_allclose(values, table, rtol=0, atol=1e-6)
+    assert rotary.compute_tables(model, tmp_path, path)
+    assert sum(np.prod(tensor.dims) for tensor in model.graph.initializer) < HEAD
+    for values, table in zip(looked_up(model, positions), wanted, strict=True):
+        np.testing.assert_allclose(values, table, rtol=0, atol=2e-6)
+    assert max(np.abs(values).max() for values in wanted) == pytest.approx(1 + 0.1 * np.log(4), abs=1e-6)
+
+
+def test_scaled_tables_keep_their_dtype(tmp_path: Path) -> None:
+    model = model_of({name: values.astype(np.float16) for name, values in tables().items()})
+    assert rotary.scale_tables(model, config(tmp_path, rope_scaling=YARN))
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name, wanted in scaled_tables(POSITIONS).items():
+        assert found[name].dtype == np.float16
+        np.testing.assert_allclose(found[name], wanted, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "default"}])
+def test_plain_tables_are_not_scaled(tmp_path: Path, scaling: object) -> None:
+    model = model_of(tables())
+    before = model.SerializeToString()
+    assert not rotary.scale_tables(model, config(tmp_path, rope_scaling=scaling))
+    assert model.SerializeToString() == before
 
 
 def test_computed_tables_are_the_stored_ones_and_are_computed_when_the_model_is_loaded(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 from pipeline import metrics, parity, report, texts
 from pipeline.agreement import Tally
 from pipeline.errors import StageError
-from pipeline.recipe import Gates
+from pipeline.recipe import Gates, Validate
+from pipeline.session import Session
 from pipeline.stages import validate
 
 WANTED = Gates(mean_kl=0.05, p99_kl=0.5, top1=0.9, perplexity_ratio=1.05, greedy=0.5)
@@ -119,7 +122,7 @@ def test_all_failures_are_told_together_with_advice_for_the_algorithm() -> None:
 def test_differences_of_the_served_tokenizer_are_never_excused() -> None:
     """What the runtime's own tokenizer is known for does not excuse ours, nor the runtime elsewhere."""
     for name in parity.KNOWN:
-        assert name in texts.TOKENIZER_PROBES or name in {entry.name for entry in texts.CONVERSATIONS}
+        assert name in texts.TOKENIZER_PROBES or name in {entry.name for entry in texts.conversations(True)}
         assert parity._reason("runtime", name)["reason"]
         assert parity._reason("served", name) == {}
     assert parity._reason("runtime", "plain") == {}
@@ -156,3 +159,25 @@ def test_windows_take_turns_and_do_not_overlap() -> None:
 def test_more_windows_than_there_is_text_are_refused() -> None:
     with pytest.raises(StageError, match="fewer than 64 windows of 2048 tokens"):
         validate.cut(characters, 64, 2048)
+
+
+def _extended(folder: Path, **spec: int) -> dict[str, int]:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 320, "rope_scaling": scaling}))
+    session = Session(folder, None, {"model": {"context_length": 1024}}, 1, "cpu")
+    return validate._extended(folder, session, Validate(gates=WANTED, **spec))
+
+
+def test_what_is_measured_of_an_extended_context_is_told(tmp_path: Path) -> None:
+    assert _extended(tmp_path, window_tokens=128) == {"original": 256, "context": 1024, "measured": 128}
+    assert _extended(tmp_path, long_tokens=320) == {"original": 256, "context": 1024, "measured": 320}
+    with pytest.raises(StageError, match=r"319 tokens ends within the window of 256[\s\S]*ask for 320 or more"):
+        _extended(tmp_path, long_tokens=319)
+    with pytest.raises(StageError, match=r"1024 tokens does not fit the context of 1024[\s\S]*ask for 1023"):
+        _extended(tmp_path, long_tokens=1024)
+
+
+def test_the_end_of_a_long_text_has_a_gate() -> None:
+    data = _report(lambda d: d.update(long={**FIGURES, "tokens": 400, "mean_kl": 0.06}))
+    assert [(gate["metric"], gate["path"]) for gate in data["gates"] if not gate["passed"]] == [("mean_kl", "long")]
+    assert "mean_kl (long) is 0.06" in str(validate._refusal(data, {"algorithm": "gptq"}))

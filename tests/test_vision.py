@@ -157,7 +157,7 @@ def test_answers_about_pictures_are_pytorchs(
         assert np.array_equal(prepared.grid, given["image_grid_thw"].numpy())
         assert np.abs(prepared.pixels - given["pixel_values"].numpy()).max() < 1e-6
         answer, _ = torch_model.greedy(prompt, 64, **given)
-        assert list(generate.stream(session, prompt, 64, None, prepared)) == answer
+        assert list(generate.stream(session, prompt, 64, prepared=prepared)) == answer
         wanted = torch_model.logits([*prompt, *answer], **given)[len(prompt) - 1 : -1]
         assert np.abs(generate.answer_logits(session, prompt, answer, prepared) - wanted).max() < 2e-4
         compared += len(answer)

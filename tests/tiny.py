@@ -6,11 +6,14 @@ quantization says something; the weights have realistic widths for blocks of 16 
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 512
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+THINK, THOUGHT = "<think>", "</think>"
 
 # Qwen's own pre-tokenization: words, single digits, punctuation, line ends, spaces.
 _SPLIT = (
@@ -48,13 +51,27 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
 """
 
+# As models do that think unless they are told not to: earlier turns lose their thoughts, and an empty block at the end
+# of the prompt stands for having thought already.
+THINKING_TEMPLATE = (
+    CHAT_TEMPLATE.replace(
+        "(message.content or '')",
+        "((message.content or '').split('</think>')[-1].lstrip('\\n') if message.role == 'assistant'"
+        " else message.content or '')",
+    ).removesuffix("{% endif %}\n")
+    + """\
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+)
+
 
 def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int = 0) -> Path:
     """Write a checkpoint of a few hundred kilobytes into ``folder`` and return it.
 
     Args:
         folder: created; gets config.json, generation_config.json, model.safetensors and the tokenizer's files.
-        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads).
+        model_type: ``qwen2`` or ``qwen3`` (whose head_dim is not hidden size / heads, and which can think or not).
         tied: whether head and embedding are one matrix.
         seed: two calls with the same seed write the same bytes.
     """
@@ -62,7 +79,7 @@ def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(folder)
+    tokenizer = make_tokenizer(folder, thinks=model_type == "qwen3")
     end, end_of_text = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -133,12 +150,116 @@ def point(model: Any, used: int) -> None:
         model.lm_head.weight[:used] += pointed
 
 
-def make_tokenizer(folder: Path, more: tuple[str, ...] = (), template: str = CHAT_TEMPLATE) -> Any:
+def tiny_qwen1(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a checkpoint as Qwen 1.0 was published, in bfloat16 and two shards, with code that must never run.
+
+    Args:
+        folder: created; gets config.json, the shards and their index, ``qwen.tiktoken`` and generation_config.json.
+        changes: other values for config.json.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = tiktoken_ranks(make_tokenizer(folder).backend_tokenizer)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "qwen.tiktoken").write_bytes(tiktoken_file(ranks))
+    for name in ("modeling_qwen.py", "configuration_qwen.py", "tokenization_qwen.py"):
+        (folder / name).write_text("raise SystemExit('the code of a checkpoint was run')")
+    config = QWEN1_CONFIG | {"vocab_size": len(ranks) + 208 + 20} | changes
+    hidden, inner, layers = 64, 128, config["num_hidden_layers"]
+    sizes = {"attn.c_attn.weight": (3 * hidden, hidden), "attn.c_attn.bias": (3 * hidden,)}
+    sizes |= {"ln_1.weight": (hidden,), "ln_2.weight": (hidden,), "attn.c_proj.weight": (hidden, hidden)}
+    sizes |= {"mlp.w1.weight": (inner, hidden), "mlp.w2.weight": (inner, hidden), "mlp.c_proj.weight": (hidden, inner)}
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {"transformer.wte.weight": torch.randn(config["vocab_size"], hidden, generator=draw)}
+    for layer in range(layers):
+        for name, dims in sizes.items():
+            values = torch.randn(*dims, generator=draw)
+            scale = 0.2 if len(dims) == 1 else dims[1] ** -0.5
+            shift = 1.0 if name.startswith("ln") else 0.0
+            tensors[f"transformer.h.{layer}.{name}"] = values * scale + shift
+    tensors["transformer.ln_f.weight"] = 1 + 0.2 * torch.randn(hidden, generator=draw)
+    following = torch.randperm(config["vocab_size"], generator=draw)
+    noise = torch.randn(config["vocab_size"], hidden, generator=draw)
+    tensors["lm_head.weight"] = 0.5 * noise + tensors["transformer.wte.weight"][following]
+    tensors["transformer.rotary_emb.inv_freq"] = torch.ones(8)  # old versions of the class stored it
+    tensors = {name: values.to(torch.bfloat16).contiguous() for name, values in tensors.items()}
+    shards = {name: f"model-0000{2 if 'h.1' in name or 'lm' in name else 1}-of-00002.safetensors" for name in tensors}
+    for shard in set(shards.values()):
+        save_file({name: tensors[name] for name in tensors if shards[name] == shard}, folder / shard)
+    generation = {"chat_format": "chatml", "eos_token_id": len(ranks), "do_sample": True, "top_p": 0.8, "top_k": 0}
+    for name, value in {
+        "config.json": config,
+        "model.safetensors.index.json": {"weight_map": shards},
+        "generation_config.json": generation | {"repetition_penalty": 1.1, "max_window_size": 24000},
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}},
+    }.items():
+        (folder / name).write_text(json.dumps(value))
+    return folder
+
+
+QWEN1_CONFIG: dict[str, Any] = {
+    "architectures": ["QWenLMHeadModel"],
+    "auto_map": {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    },
+    "model_type": "qwen",
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "kv_channels": 16,
+    "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 2048,
+    "no_bias": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 512,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "bf16": True,
+}
+
+
+def tiktoken_ranks(backend: Any) -> list[bytes]:
+    """The bytes of each token of a byte-level BPE that is no control token, by id."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary = sorted(backend.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    assert [index for _, index in vocabulary] == list(range(len(vocabulary)))
+    return [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
+
+
+def tiktoken_file(tokens: list[bytes]) -> bytes:
+    """A ``.tiktoken`` file of ``tokens``, whose ranks are their places."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def make_tokenizer(
+    folder: Path, thinks: bool = False, more: tuple[str, ...] = (), template: str = CHAT_TEMPLATE
+) -> Any:
     """Train a byte-level BPE tokenizer and save it as Qwen's class; any text encodes, for all bytes are in it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import Qwen2TokenizerFast
 
     special = [END_OF_TEXT, START, END, *more]
+    plain = [THINK, THOUGHT] if thinks else []  # tokens of their own, and no control tokens
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -150,11 +271,12 @@ def make_tokenizer(folder: Path, more: tuple[str, ...] = (), template: str = CHA
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(special),
+        vocab_size=VOCABULARY - len(special) - len(plain),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(_TRAINING, trainer)
+    # Models that rank answer with one token, yes or no.
+    made.train_from_iterator([*_TRAINING, *["yes\nno"] * 20] if thinks else _TRAINING, trainer)
     tokenizer = Qwen2TokenizerFast(
         tokenizer_object=made,
         additional_special_tokens=special[1:],
@@ -162,7 +284,8 @@ def make_tokenizer(folder: Path, more: tuple[str, ...] = (), template: str = CHA
         clean_up_tokenization_spaces=False,
         model_max_length=512,
     )
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     assert len(tokenizer) <= VOCABULARY
-    tokenizer.chat_template = template
+    tokenizer.chat_template = THINKING_TEMPLATE if thinks else template
     tokenizer.save_pretrained(folder)
     return tokenizer

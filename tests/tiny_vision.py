@@ -86,7 +86,7 @@ def tiny_vision_checkpoint(folder: Path, model_type: str, tied: bool = False, ne
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(folder, VISION_TOKENS, TEMPLATE)
+    tokenizer = make_tokenizer(folder, more=VISION_TOKENS, template=TEMPLATE)
     ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
     end, end_of_text = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
     name, text, vision = _SIZES[model_type]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.artifact import Artifact, Progress, Result, Step
-from pipeline.stages import checkpoint, compile, export, package, quantize, validate  # noqa: A004 - a stage
+from pipeline.stages import adapters, checkpoint, compile, export, package, quantize, validate  # noqa: A004 - a stage
 
 
 class Stage(Protocol):
@@ -26,6 +26,7 @@ STAGES: dict[str, Stage] = {
     "export": export.run,
     "quantize": quantize.run,
     "compile": compile.run,
+    "adapters": adapters.run,
     "validate": validate.run,
     "package": package.run,
 }

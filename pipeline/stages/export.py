@@ -15,6 +15,7 @@ from pipeline import (
     graph_weights,
     olive,
     reference,
+    retrieval_export,
     rotary,
     rotation,
     static_decoder,
@@ -26,6 +27,7 @@ from pipeline.external_data import ExternalDataWriter
 from pipeline.family import Family
 from pipeline.recipe import Export
 from pipeline.reference import Reference
+from pipeline.task import GENERATE, TASKS
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.
 SIDECARS = (
@@ -44,6 +46,8 @@ SIDECARS = (
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
     """Write ``model.onnx``, ``model.onnx.data``, ``genai_config.json`` and the tokenizer files.
 
+    Graphs that generate nothing come with a ``retrieval.json`` instead.
+
     Raises:
         StageError: the exporter failed, or wrote something else.
         RecipeError: it does not take an option.
@@ -53,6 +57,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
     source = inputs["checkpoint"].path
     _check_exporter(spec.exporter, checkpoint_files.family_of(source))
+    task = TASKS[step.fields.get("task", GENERATE)]
     if spec.exporter == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
     olive.check_options(spec.exporter, spec.options, "export.options")
@@ -67,15 +72,20 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     exporter.EXPORTERS[spec.exporter](given, work, spec.options, step.fields["provider"], step.fields["dtype"])
     progress(0.8, "packing weights")
     model = graph.load(work / "model.onnx")
+    if not task.generates:
+        config = retrieval_export.write_config(task, source, out_dir)
+        retrieval_export.pool(model, work, task.output, list(config["labels"].values()))
     inputs_before = graph.interface(model)
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
-        if spec.last_token_head:
+        if spec.last_token_head and task.generates:
             graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        scaled = rotary.scale_tables(model, source / "config.json")
         # GPUs' runtimes do not all fold constants, and there the tables are half as large.
         computed = step.fields["dtype"] == "float32" and rotary.compute_tables(model, work, source / "config.json")
         graph_weights.repack(model, work, writer)
     onnx.save(model, str(out_dir / "model.onnx"))
-    shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
+    if task.generates:
+        shutil.copyfile(work / "genai_config.json", out_dir / "genai_config.json")
     shutil.rmtree(work)
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)
@@ -85,6 +95,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
             "opset": next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")),
             "inputs": len(inputs_before[0]),
             "operators": graph.operators(model),
+            "scaled_rotary_tables": scaled,
             "computed_rotary_tables": computed,
         }
     )

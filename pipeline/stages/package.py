@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import card, digest, html_report, replay, verify
+from pipeline import (
+    adapter_files,
+    card,
+    digest,
+    html_report,
+    positions,
+    replay,
+    retrieval_card,
+    retrieval_replay,
+    verify,
+)
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -19,9 +29,12 @@ from pipeline.artifact import (
     Progress,
     Result,
     Step,
+    candidate,
     graph_files,
 )
 from pipeline.errors import StageError
+from pipeline.retrieval_config import CONFIG
+from pipeline.task import GENERATE, TASKS
 
 _LICENSES = Path(__file__).parent.parent / "data"
 
@@ -31,9 +44,10 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     Raises:
         StageError: the validation is of another model, or the licence text is missing.
+        CheckpointError: the recipe asks for a context that the checkpoint cannot have.
         PackageError: the package fails its own verification.
     """
-    model, checkpoint, validated = inputs.get("compile", inputs["quantize"]), inputs["checkpoint"], inputs["validate"]
+    model, checkpoint, validated = candidate(inputs), inputs["checkpoint"], inputs["validate"]
     validation = json.loads((validated.path / VALIDATION).read_bytes())
     if not validation["passed"] or validation["candidate"]["files"] != graph_files(model):
         raise StageError("the model to be packaged is not the one that passed validation")
@@ -43,12 +57,20 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         shutil.copyfile(path, out_dir / name)
     for name in (VALIDATION, GOLDEN):
         shutil.copyfile(validated.path / name, out_dir / name)
-    shutil.copyfile(Path(replay.__file__), out_dir / "replay.py")
-    _write_config(out_dir / "genai_config.json", step.fields["generation"])
+    task = TASKS[step.fields.get("task", GENERATE)]
+    script, configure, readme = _WRITERS[task.generates]
+    shutil.copyfile(Path(str(script.__file__)), out_dir / "replay.py")
+    if task.generates:
+        _check_context(model, checkpoint, step.fields["generation"]["context_length"])
+    context = configure(out_dir, step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
     manifest = _describe(step, inputs, validation["candidate"])
+    if not task.generates:
+        manifest |= {"task": task.name, "context_length": context}
+    if "adapters" in inputs:
+        manifest["adapters"] = _adapters(model.path)
     size = sum(path.stat().st_size for path in out_dir.iterdir() if path.suffix in (".data", ".bin"))
-    (out_dir / "README.md").write_text(card.readme(manifest, validation, size), encoding="utf-8")
+    (out_dir / "README.md").write_text(readme(manifest, validation, size), encoding="utf-8")
     own = _own_text(checkpoint.path, "NOTICE")
     original = own.read_text(encoding="utf-8", errors="replace") if own else ""
     (out_dir / "NOTICE").write_text(card.notice(manifest, original), encoding="utf-8")
@@ -64,6 +86,21 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
     verify.package(out_dir)
     return Result({"name": step.fields["name"], "weights": size, "files": len(sums) + 1})
+
+
+def _adapters(folder: Path) -> dict[str, Any]:
+    """What the manifest says of each adapter: what stands beside its file, in short."""
+    found = {}
+    for name in adapter_files.names(folder):
+        described = adapter_files.read_description(folder / f"{name}{adapter_files.ENDING}")
+        found[name] = {
+            "sha256": described.sha256,
+            "base": described.base,
+            "license": described.license,
+            "rank": max(described.ranks.values()),
+            "slots": len(described.ranks),
+        }
+    return found
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -82,8 +119,16 @@ def _shipped(model: Artifact) -> dict[str, Path]:
     return files
 
 
-def _write_config(path: Path, generation: Mapping[str, Any]) -> None:
-    """Put the recipe's search options into the exporter's configuration."""
+def _check_context(model: Artifact, checkpoint: Artifact, wanted: int | None) -> None:
+    """Once more: the checkpoint's own step does not depend on the recipe's context, and may come from the store."""
+    config = json.loads((checkpoint.path / "config.json").read_bytes())
+    made = json.loads((model.path / "genai_config.json").read_bytes())["model"]["context_length"]
+    positions.check_context(config, wanted or made, "generation.context_length")
+
+
+def _write_config(out_dir: Path, generation: Mapping[str, Any]) -> int:
+    """Put the recipe's search options into the exporter's configuration; returns the context length."""
+    path = out_dir / "genai_config.json"
     config = json.loads(path.read_bytes())
     if generation["context_length"]:
         config["model"]["context_length"] = min(generation["context_length"], config["model"]["context_length"])
@@ -91,6 +136,24 @@ def _write_config(path: Path, generation: Mapping[str, Any]) -> None:
     for key in ("do_sample", "temperature", "top_p", "top_k"):
         config["search"][key] = generation[key]
     path.write_text(json.dumps(config, indent=4), encoding="utf-8")
+    return int(config["model"]["context_length"])
+
+
+def _write_retrieval_config(out_dir: Path, generation: Mapping[str, Any]) -> int:
+    """The same of packages that generate nothing: the longest text is all that there is to set."""
+    path = out_dir / CONFIG
+    config = json.loads(path.read_bytes())
+    config["context_length"] = min(generation["context_length"] or config["context_length"], config["context_length"])
+    path.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return int(config["context_length"])
+
+
+# Whether a package generates text → the script that replays its golden results, what writes its configuration, and
+# what writes its card.
+_WRITERS = {
+    True: (replay, _write_config, card.readme),
+    False: (retrieval_replay, _write_retrieval_config, retrieval_card.readme),
+}
 
 
 def _write_license(checkpoint: Path, license_id: str, out_dir: Path) -> None:

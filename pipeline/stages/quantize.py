@@ -9,7 +9,9 @@ from pathlib import Path
 from pipeline import calibration, checkpoint_files, olive, openvino, quantizer, static_quantizer, vision_quantizer
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
+from pipeline.retrieval_config import CONFIG
 from pipeline.scheme import Scheme
+from pipeline.task import GENERATE, TASKS
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
@@ -24,6 +26,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     if scheme.algorithm in olive.PASSES:
         olive.check_options(scheme.algorithm, scheme.options, "quantize.options")
     source = inputs["export"].path
+    task = TASKS[step.fields.get("task", GENERATE)]
     form, rotate = step.fields["form"], step.fields["rotate"]
     checkpoint = inputs["checkpoint"].path
     if scheme.algorithm == "static":
@@ -35,10 +38,11 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     elif checkpoint_files.family_of(checkpoint).sees:
         facts = vision_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
     else:
-        facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate)
+        facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate, task.roles)
     for path in sorted(source.iterdir()):
         if path.suffix not in (".onnx", ".data") and not (out_dir / path.name).exists():
             shutil.copyfile(path, out_dir / path.name)
-    if not (out_dir / "genai_config.json").is_file():
-        raise StageError("genai_config.json is missing after quantization")
+    config = "genai_config.json" if task.generates else CONFIG
+    if not (out_dir / config).is_file():
+        raise StageError(f"{config} is missing after quantization")
     return Result({"algorithm": scheme.algorithm, **facts})
