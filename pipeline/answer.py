@@ -14,6 +14,7 @@ from pipeline import adapters, generate, session, speculation
 from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.generate import Sampling
+from pipeline.images import Picture
 from pipeline.thinking import CLOSE, CLOSING, OPEN, VARIABLE, Budget, Parts, Splitter, is_open
 
 
@@ -28,6 +29,7 @@ class Settings:
         budget: tokens after which thoughts are ended.
         as_json: one object a token, and one at the end.
         adapter: file of a LoRA adapter.
+        pictures: what the prompt is about, of a model that sees.
     """
 
     limit: int
@@ -39,6 +41,7 @@ class Settings:
     budget: int | None = None
     as_json: bool = False
     adapter: Path | None = None
+    pictures: tuple[Picture, ...] = ()
 
 
 def thinking_variables(tokenizer: Tokenizer, wanted: bool | None) -> dict[str, Any]:
@@ -75,11 +78,12 @@ def stream(folder: Path, tokenizer: Tokenizer, prompt: Sequence[int], settings: 
     opened = session.open_package(folder, settings.threads, settings.provider)
     if settings.adapter:
         opened = adapters.activate(opened, settings.adapter)
+    prompt, prepared = generate.show(opened, prompt, settings.pictures)
     counts = speculation.Counts()
     if settings.lookup:
         tokens = speculation.stream(opened, prompt, settings.limit, settings.sampling, counts)
     else:
-        tokens = generate.stream(opened, prompt, settings.limit, settings.sampling, budget)
+        tokens = generate.stream(opened, prompt, settings.limit, settings.sampling, budget, prepared)
     text = generate.TextStream(tokenizer)
     shown = (_Objects if settings.as_json else _Text)(Splitter(inside) if settings.split else None)
     begin = time.perf_counter()

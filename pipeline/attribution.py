@@ -39,6 +39,10 @@ def attribute(package: Path, store: Store, progress: Progress) -> dict[str, Any]
         UsageError: the store has not the checkpoint, or the package has no such weights.
         StageError: the evaluation text is too short for the tokenizer.
     """
+    if (package / "vision.onnx").is_file():
+        raise UsageError(
+            f"the losses of {package} cannot be told apart", why="that is done for models of text alone, and it sees"
+        )
     model = graph.load(package / "model.onnx")
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = {

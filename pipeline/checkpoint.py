@@ -127,13 +127,25 @@ def prepare(
             for path in checkpoint_files.parts(source):
                 progress(0.1, f"taking {path.name}")
                 _take(path, out_dir / path.name)
+            checkpoint_files.write_chat_template(out_dir)
         if headless:
             headless_files.complete(out_dir)
     if adapter:
+        _check_mergeable(out_dir)
         progress(0.6, "merging the adapter")
         _merge(out_dir, adapter)
     shape = checkpoint_files.check_directory(out_dir, headless)
     return {**facts, **shape}
+
+
+def _check_mergeable(folder: Path) -> None:
+    family = checkpoint_files.family_of(folder)
+    if family.sees:
+        raise CheckpointError(
+            f"adapters of {family.title} cannot be merged",
+            why="peft reads them as those of a model of text alone",
+            fix="merge it with its own tools, and give the merged checkpoint",
+        )
 
 
 def _take(source: Path, target: Path) -> None:

@@ -13,11 +13,20 @@ from typing import Any
 
 from pipeline import digest, qwen1_layout, qwen1_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.family import Shape, read_shape
+from pipeline.family import FAMILIES, Family, Shape, read_shape
 from pipeline.headless import full_name
+from pipeline.vision import Vision, expected, prefixes, read_vision
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PREPROCESSOR, _CHAT_TEMPLATE = "preprocessor_config.json", "chat_template.json"
+# Files beside config.json that may ask for code, and what they are for.
+_ASKING = {
+    "tokenizer_config.json": "tokenizer",
+    _PREPROCESSOR: "image processor",
+    "processor_config.json": "processor",
+    "video_preprocessor_config.json": "video processor",
+}
 _ADAPTER, _ADAPTER_CONFIG = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # A shard of a thousand tensors has 100 kB of header; the format's own limit of 100 MB would cost a gigabyte to parse.
 _MAX_JSON = 16_000_000
@@ -70,13 +79,14 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
     config = folder / "config.json"
     # The code of Qwen 1.0 is known, and never run: the checkpoint is converted.
     convertible = qwen1_layout.is_qwen1(found.get(config.name))
-    if "auto_map" in found.get("tokenizer_config.json", {}) and not convertible:
-        raise CheckpointError(
-            "the checkpoint's tokenizer asks for code of its own (auto_map)",
-            where=str(folder / "tokenizer_config.json"),
-            why="running a checkpoint's code would give it this machine",
-            fix="use a checkpoint whose tokenizer transformers has built in",
-        )
+    for name, what in _ASKING.items():
+        if "auto_map" in found.get(name, {}) and not convertible:
+            raise CheckpointError(
+                f"the checkpoint's {what} asks for code of its own (auto_map)",
+                where=str(folder / name),
+                why="running a checkpoint's code would give it this machine",
+                fix=f"use a checkpoint whose {what} transformers has built in",
+            )
     if config.name not in found:
         raise CheckpointError("the checkpoint has no config.json", where=str(folder), fix="copy it from the publisher")
     settings = found[config.name]
@@ -96,6 +106,14 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
             where=str(folder),
             fix="save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    vision = read_vision(settings, shape, str(config)) if FAMILIES[shape.model_type].sees else None
+    if vision and not (folder / _PREPROCESSOR).is_file():
+        raise CheckpointError(
+            f"the checkpoint has no {_PREPROCESSOR}",
+            where=str(folder),
+            why="it says how pictures are prepared",
+            fix="copy it from the publisher",
+        )
     tensors: Tensors = {}
     for path in files:
         more = read_tensors(path)
@@ -109,7 +127,7 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
         as_qwen2 = qwen1_layout.as_qwen2(settings, str(config))
         _check_tensors(tensors, {name: dims for name, dims, _ in qwen1_layout.weights(as_qwen2)}, folder)
     else:
-        _check_tensors(tensors, dict(_expected(shape)), folder)
+        _check_tensors(tensors, dict(_expected(shape, vision, tensors)), folder)
     return {**vars(shape), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
 
 
@@ -194,11 +212,21 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], folde
         )
 
 
-def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight that transformers' Qwen2 and Qwen3 classes need."""
+def _expected(shape: Shape, vision: Vision | None, tensors: Tensors) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight that transformers' classes need, in the layout of ``tensors``."""
+    if vision is None:
+        yield from _expected_of_text(shape, "model")
+        return
+    text, tower = prefixes(tensors)
+    yield from _expected_of_text(shape, text)
+    for name, dims in expected(vision):
+        yield f"{tower}.{name}", dims
+
+
+def _expected_of_text(shape: Shape, prefix: str) -> Iterable[tuple[str, tuple[int, ...]]]:
     hidden, heads, kv_heads = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
-    yield "model.norm.weight", (hidden,)
+    yield f"{prefix}.embed_tokens.weight", (shape.vocabulary, hidden)
+    yield f"{prefix}.norm.weight", (hidden,)
     if not shape.tied:
         yield "lm_head.weight", (shape.vocabulary, hidden)
     matrices = {
@@ -211,17 +239,40 @@ def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
         "mlp.down_proj": (hidden, shape.intermediate),
     }
     vectors = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    if shape.model_type == "qwen2":
+    if shape.model_type in ("qwen2", "qwen2_vl", "qwen2_5_vl"):
         vectors |= {
             f"self_attn.{name}_proj.bias": size for name, size in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         }
-    if shape.model_type == "qwen3":
+    if shape.model_type in ("qwen3", "qwen3_vl"):
         vectors |= {"self_attn.q_norm.weight": shape.head_dim, "self_attn.k_norm.weight": shape.head_dim}
     for layer in range(shape.layers):
         for name, dims in matrices.items():
-            yield f"model.layers.{layer}.{name}.weight", dims
+            yield f"{prefix}.layers.{layer}.{name}.weight", dims
         for name, size in vectors.items():
-            yield f"model.layers.{layer}.{name}", (size,)
+            yield f"{prefix}.layers.{layer}.{name}", (size,)
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a checkpoint that has been checked."""
+    return FAMILIES[json.loads((folder / "config.json").read_bytes())["model_type"]]
+
+
+def write_chat_template(folder: Path) -> None:
+    """Write ``chat_template.jinja``, where the template is only in ``chat_template.json``: tokenizers do not read that.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    path, made = folder / _CHAT_TEMPLATE, folder / "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
+    if not path.is_file() or made.is_file():
+        return
+    if config.is_file() and _read_json(config, _MAX_JSON).get("chat_template"):
+        return
+    template = _read_json(path, _MAX_JSON).get("chat_template")
+    if not isinstance(template, str):
+        raise CheckpointError(f"{_CHAT_TEMPLATE} has no chat_template", where=str(path), fix="fetch it again")
+    made.write_text(template, encoding="utf-8")
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import adapter_commands, answer, chat
+    from pipeline import adapter_commands, answer, chat, images
     from pipeline.generate import Sampling
 
     check_positive(options, "max_tokens", "threads", "thinking_budget")
@@ -301,10 +301,14 @@ def generate(options: argparse.Namespace) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    pictures = [images.load(path) for path in options.image]
+    if pictures and (options.raw or options.lookup):
+        raise UsageError("--image goes with neither --raw nor --lookup", fix="leave them out")
     _check_thinking(options)
     check_package(options, GENERATE)
     adapter = adapter_commands.chosen(options.package, options.adapter[0], options.trust) if options.adapter else None
     tokenizer = chat.load(options.package)
+    shown = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}] if pictures else text
     system = [{"role": "system", "content": options.system}] if options.system else []
     settings = answer.Settings(
         options.max_tokens,
@@ -316,12 +320,13 @@ def generate(options: argparse.Namespace) -> int:
         options.thinking_budget,
         options.json,
         adapter,
+        tuple(pictures),
     )
     if options.raw:
         prompt = tokenizer.encode(text, special=False)
     else:
         variables = answer.thinking_variables(tokenizer, options.thinking)
-        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": text}], **variables)
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": shown}], **variables)
     answer.stream(options.package, tokenizer, prompt, settings)
     return 0
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import reference, rotation
+from pipeline.checkpoint_files import family_of
 from pipeline.errors import StageError
 from pipeline.tensors import Tensors
+from pipeline.vision import prefixes
 
 if TYPE_CHECKING:
     import torch
 
 
 class Decoder:
-    """The parts of a ``ForCausalLM`` in float32, read from safetensors as they are asked for.
+    """The parts of a text model, or of that inside a model that sees, in float32, read from safetensors when asked for.
 
     Args:
         checkpoint: directory of the reference.
@@ -27,48 +29,57 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, rotate: bool = False) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
+        family = family_of(checkpoint)
         self._whole = rotate
         if rotate:
             model = reference.load(checkpoint).model
             rotation.rotate(model)
         else:
             self._tensors = Tensors(checkpoint)
-            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self._model = model
-        self.config = model.config
+                if family.sees:
+                    model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
+                else:
+                    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        self._text = model.model.language_model if family.sees else model.model
+        self._prefix = "model" if rotate or not family.sees else prefixes(list(self._tensors))[0]
+        # A text has one position a token; models that see take it for all three of theirs.
+        self._axes = (3, 1) if family.sees else (1,)
+        self.config = self._text.config
         # Its frequencies are computed when it is made, which a meta device does not.
-        self._rotary = type(model.model.rotary_emb)(model.config)
+        self._rotary = type(self._text.rotary_emb)(self.config)
 
     @property
     def count(self) -> int:
         """Number of layers."""
-        return len(self._model.model.layers)
+        return len(self._text.layers)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[W, T, H]`` of ids ``[W, T]``."""
-        return self._call("model.embed_tokens", ids)
+        return self._call("embed_tokens", ids)
 
     def rotary(self, hidden: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the positions before ``length``, in the dtype of ``hidden``."""
         import torch
 
-        found: tuple[torch.Tensor, torch.Tensor] = self._rotary(hidden, torch.arange(length)[None])
+        found: tuple[torch.Tensor, torch.Tensor] = self._rotary(
+            hidden, torch.arange(length).expand(*self._axes, length)
+        )
         return found
 
     def layers(self) -> Iterator[Any]:
         """The layers, each of which holds its weights until the next is asked for."""
         for index in range(self.count):
-            layer = self._load(f"model.layers.{index}")
+            layer = self._load(f"layers.{index}")
             yield layer
             self._drop(layer)
 
     def last_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head reads."""
-        return self._call("model.norm", hidden)
+        return self._call("norm", hidden)
 
     def _call(self, path: str, given: torch.Tensor) -> torch.Tensor:
         module = self._load(path)
@@ -77,9 +88,9 @@ class Decoder:
         return found
 
     def _load(self, path: str) -> Any:
-        module = self._model.get_submodule(path)
+        module = self._text.get_submodule(path)
         if not self._whole:
-            module.load_state_dict(self._tensors.below(f"{path}."), assign=True)
+            module.load_state_dict(self._tensors.below(f"{self._prefix}.{path}."), assign=True)
         return module
 
     def _drop(self, module: Any) -> None:

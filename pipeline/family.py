@@ -18,11 +18,15 @@ class Family:
     """A Qwen architecture.
 
     Attributes:
-        model_type: ``model_type`` in config.json, and the genai runtime's ``model.type``.
+        model_type: ``model_type`` in config.json.
         architecture: the transformers class.
         exporters: which exporters can write its graph.
         title: what people call it.
         head_dim: what transformers takes when config.json has none; ``None`` is hidden size / attention heads.
+        context: the same for the length of the context.
+        runtime: the genai runtime's ``model.type``, where it is not ``model_type``.
+        sees: whether it takes images. ``config.json`` then has the decoder's sizes in ``text_config``; older ones of
+            Qwen2-VL and Qwen2.5-VL have them among the others.
     """
 
     model_type: str
@@ -30,6 +34,9 @@ class Family:
     exporters: tuple[str, ...]
     title: str
     head_dim: int | None = None
+    context: int = positions.DEFAULT
+    runtime: str = ""
+    sees: bool = False
 
     @property
     def headless(self) -> str:
@@ -42,6 +49,17 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("qwen2", "Qwen2ForCausalLM", ("genai", "optimum", "native"), "Qwen1.5, Qwen2, Qwen2.5"),
         Family("qwen3", "Qwen3ForCausalLM", ("genai", "optimum", "native"), "Qwen3", head_dim=128),
+        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", ("native",), "Qwen2-VL", runtime="qwen2_5_vl", sees=True),
+        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", ("native",), "Qwen2.5-VL", sees=True),
+        Family(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            ("native",),
+            "Qwen3-VL",
+            head_dim=128,
+            context=128000,
+            sees=True,
+        ),
     )
 }
 
@@ -139,20 +157,23 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             where=where,
             fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
-    sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
+    text = config.get("text_config", config) if family.sees else config
+    if not isinstance(text, Mapping):
+        raise CheckpointError("config.json has a text_config that is no object", where=where)
+    sizes: dict[str, Any] = {field: text.get(key) for field, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
     divides = _is_size(hidden) and _is_size(heads) and hidden % heads == 0
     defaults = {
         "kv_heads": heads,
         "head_dim": family.head_dim or (hidden // heads if divides else None),
-        "context": positions.DEFAULT,
+        "context": family.context,
     }
     sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
     bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
-    sizes["context"] = positions.read(config, sizes["context"], where).context
-    return Shape(model_type=family.model_type, tied=bool(config.get("tie_word_embeddings", False)), **sizes)
+    sizes["context"] = positions.read(text, sizes["context"], where).context
+    return Shape(model_type=family.model_type, tied=bool(text.get("tie_word_embeddings", False)), **sizes)
 
 
 def _is_size(value: Any) -> bool:

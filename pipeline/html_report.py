@@ -28,6 +28,8 @@ _METRICS = {
     "perplexity_ratio": "perplexity over the reference’s",
     "top1": "top-1 agreement",
     "greedy": "greedy agreement",
+    "pixel_error": "largest error of a normalized pixel",
+    "feature_cosine": "least cosine of an image’s features",
     "runaway_answers": "answers that do not end",
     "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
@@ -63,7 +65,9 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[_answer(entry) for entry in validation.get("greedy", {"answers": ()})["answers"]],
+        answers=[
+            _answer(entry) for entry in (*validation.get("greedy", {"answers": ()})["answers"], *_pictured(validation))
+        ],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
@@ -224,6 +228,14 @@ def _figures(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _nodes(npu: Mapping[str, Any]) -> int:
     """How many nodes the compiled graphs were made from."""
     return sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
+
+
+def _pictured(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Answers about pictures, of models that see."""
+    return [
+        {**entry, "name": f"image {entry['name']}: {entry['question']}"}
+        for entry in validation.get("images", {}).get("answers", ())
+    ]
 
 
 def _answer(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 from pipeline import __version__, checkpoint_files, digest, estimate, isolated, lora_files, machine, positions, texts
 from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import Shape, read_shape
+from pipeline.family import FAMILIES, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
-from pipeline.target import TARGETS, Target, file_problem
+from pipeline.target import CPU, TARGETS, Target, file_problem
 from pipeline.task import EMBED, TASKS, Task
 
 # Distributions that provide the same module for other hardware.
@@ -99,6 +99,8 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
     for config, where in _local_configs(loaded):
         positions.check_context(config, _context_length(recipe), where)
     shape = shape_of(loaded)
+    if shape and FAMILIES[shape.model_type].sees:
+        _check_seeing(loaded, target)
     size = estimate.of("quantize", recipe, shape).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
@@ -138,6 +140,23 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
 def stages_of(target: Target, adapted: bool = False) -> list[Stage]:
     """The stages of a build for ``target``, in order; ``adapted`` when LoRA adapters are kept apart."""
     return [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
+
+
+def _check_seeing(loaded: Loaded, target: Target) -> None:
+    """Refuse what models that see cannot be built for or with.
+
+    Raises:
+        RecipeError: saying why.
+    """
+    if target.provider != CPU:
+        what, why = f"target {target.name}", "their graphs are written and checked for the processor only"
+    elif loaded.recipe.adapters is not None:
+        what, why = "a recipe with `adapters`", "slots are made in decoders of text alone"
+    elif not TASKS[loaded.recipe.task].generates:
+        what, why = f"task {loaded.recipe.task}", "they generate text"
+    else:
+        return
+    raise RecipeError(f"{what} takes no models that see", where=str(loaded.path), why=why)
 
 
 def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
@@ -211,7 +230,10 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {**recipe.export.model_dump(mode="json"), **own, **npu, **purpose}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate, **purpose}
+        scheme = recipe.quantize.model_dump(mode="json")
+        if recipe.quantize.vision == "float":
+            del scheme["vision"]  # most models have none
+        fields = {**scheme, "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it

@@ -470,11 +470,20 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
                 text = "a remote file needs `checkpoint.sha256`: the digest decides, so that no mirror needs trust"
                 yield ("checkpoint", "sources", index), text
     if architecture := _typed(Architecture, value.get("architecture")):
-        family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
-        if family is None:
-            yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in (*family.exporters, "static", "openvino"):
-            yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+        yield from _family_contradictions(architecture, _typed(Export, value.get("export", {})), target)
+
+
+def _family_contradictions(
+    architecture: Architecture, export: Export | None, target: Target | None
+) -> Iterator[tuple[Loc, str]]:
+    family = FAMILIES.get(architecture.model_type)
+    if family is None:
+        yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
+        return
+    if export and export.exporter not in (*family.exporters, *(() if family.sees else ("static", "openvino"))):
+        yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
+    if family.sees and target and target.provider != targets.CPU:
+        yield ("target",), f"{target.name} takes no models that see, such as {family.model_type}: use cpu"
 
 
 def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.checkpoint_files import family_of
 from pipeline.errors import CheckpointError
 from pipeline.family import HELD_WHOLE
 from pipeline.tensors import Tensors
@@ -19,21 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference:
-    """A loaded checkpoint; ``eos`` are the ids that end an answer."""
+    """A loaded checkpoint; ``eos`` are the ids that end an answer.
+
+    Pictures are given by name as the model takes them: ``pixel_values``, ``image_grid_thw``.
+    """
 
     model: Any
     tokenizer: Any
     eos: tuple[int, ...]
 
-    def logits(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], **pictures: Any) -> npt.NDArray[np.float32]:
         """Logits ``[T, V]`` float32 after each of ``ids`` (``[T]``)."""
         import torch
 
         with torch.inference_mode():
-            result: npt.NDArray[np.float32] = self.model(torch.tensor([list(ids)])).logits[0].float().numpy()
+            result: npt.NDArray[np.float32] = (
+                self.model(torch.tensor([list(ids)]), **pictures).logits[0].float().numpy()
+            )
         return result
 
-    def greedy(self, prompt: Sequence[int], limit: int) -> tuple[list[int], bool]:
+    def greedy(self, prompt: Sequence[int], limit: int, **pictures: Any) -> tuple[list[int], bool]:
         """The most likely continuation of ``prompt``, and whether it ended (the end token is left out)."""
         import torch
 
@@ -41,13 +47,21 @@ class Reference:
         given, cache = torch.tensor([list(prompt)]), None
         with torch.inference_mode():
             for _ in range(limit):
-                out = self.model(given, past_key_values=cache, use_cache=True)
+                out = self.model(given, past_key_values=cache, use_cache=True, **self._positions(cache), **pictures)
+                pictures = {}  # they are in the cache now
                 token = int(out.logits[0, -1].argmax())
                 if token in self.eos:
                     return answer, True
                 answer.append(token)
                 given, cache = torch.tensor([[token]]), out.past_key_values
         return answer, False
+
+    def _positions(self, cache: Any) -> dict[str, Any]:
+        """Where the next token is, which models that see ask for: their positions are not numbers of tokens."""
+        import torch
+
+        seen = cache.get_seq_length() if cache is not None else 0
+        return {"cache_position": torch.tensor([seen])} if seen and hasattr(self.model.model, "rope_deltas") else {}
 
 
 @contextmanager
@@ -83,19 +97,21 @@ def load(checkpoint: Path, held_whole: int = HELD_WHOLE) -> Reference:
         CheckpointError: transformers cannot load it.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    family = family_of(checkpoint)
+    kind = getattr(transformers, family.architecture) if family.sees else transformers.AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             checkpoint, dtype=torch.float32, local_files_only=True, **_placement(checkpoint, held_whole)
         ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             "transformers cannot load the checkpoint", where=str(checkpoint), why=str(error)
         ) from error
     eos = model.generation_config.eos_token_id
-    eos = eos if eos is not None else model.config.eos_token_id
+    eos = eos if eos is not None else model.config.get_text_config(decoder=True).eos_token_id
     return Reference(model, tokenizer, tuple(eos) if isinstance(eos, list) else (eos,))
 
 
@@ -103,6 +119,9 @@ def _placement(checkpoint: Path, held_whole: int) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that leave the layers of a large model on the disk."""
     if 4 * Tensors(checkpoint).elements() <= held_whole:
         return {}
-    kept = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    sees = family_of(checkpoint).sees
+    text = "model.language_model" if sees else "model"
+    kept = dict.fromkeys((*(f"{text}.{name}" for name in ("embed_tokens", "norm", "rotary_emb")), "lm_head"), "cpu")
+    kept |= {"model.visual": "cpu"} if sees else {}
     # The folder would take copies of tensors that are no safetensors: there are none.
-    return {"device_map": {**kept, "model.layers": "disk"}, "offload_folder": str(checkpoint)}
+    return {"device_map": {**kept, f"{text}.layers": "disk"}, "offload_folder": str(checkpoint)}

@@ -9,6 +9,7 @@ not the rest of the answer.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,23 @@ PLUGINS = {
 # OpenVINO's own device for processors, which reads what is made for its NPU. It would round to bfloat16 where it can.
 OPENVINO_ON_CPU = {"device_type": "CPU", "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 _registered: set[str] = set()
+_BESIDE = ("embedding", "vision")  # graphs that a model that sees has beside its decoder
+_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of one picture, in the words of all Qwen-VL tokenizers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Pictures as a model takes them: patches ``[N, 1176]`` float32 of all, and patches down and across of each.
+
+    Attributes:
+        pixels: the patches of all pictures, one after the other.
+        grid: int64 ``[pictures, 3]``: 1, patches down, patches across.
+        features: how many tokens of a prompt each takes.
+    """
+
+    pixels: npt.NDArray[np.float32]
+    grid: npt.NDArray[np.int64]
+    features: tuple[int, ...]
 
 
 def register_plugin(runtime: Any, provider: str) -> None:
@@ -77,16 +96,17 @@ def unrunnable(package: Path, config: Mapping[str, Any], provider: str = "") -> 
     return ""
 
 
-def configure(runtime: Any, settings: Any, own: str, on_cpu: bool, threads: int) -> None:
+def configure(runtime: Any, settings: Any, config: Mapping[str, Any], on_cpu: bool, threads: int) -> None:
     """Prepare a package's configuration for loading.
 
     Args:
         runtime: the module ``onnxruntime_genai``.
         settings: its ``Config`` of the package.
-        own: the provider that the package is for, as in `provider_of`.
+        config: the content of the package's ``genai_config.json``.
         on_cpu: let the processor run it, whatever it is for.
         threads: of the processor.
     """
+    own = provider_of(config)
     through_openvino = on_cpu and own == "OpenVINO"
     if not on_cpu or through_openvino:
         register_plugin(runtime, own)
@@ -96,7 +116,8 @@ def configure(runtime: Any, settings: Any, own: str, on_cpu: bool, threads: int)
     elif on_cpu and own != "cpu":
         # Else ONNX Runtime would round the activations of QDQ products to 8 bits, which no other provider does.
         session["session.qdq_matmulnbits_accuracy_level"] = "1"
-    settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    parts = [name for name in ("decoder", *_BESIDE) if name in config["model"]]
+    settings.overlay(json.dumps({"model": {name: {"session_options": session} for name in parts}}))
     if on_cpu and not through_openvino:
         settings.clear_providers()
 
@@ -128,15 +149,53 @@ def graphs_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The decoder, and its stages if it is a pipeline."""
-    decoder = config["model"]["decoder"]
-    return [decoder, *(stage for group in decoder.get("pipeline", ()) for stage in group.values())]
+    """The decoder, its stages if it is a pipeline, and the graphs beside it of a model that sees."""
+    model = config["model"]
+    decoder = model["decoder"]
+    stages = [stage for group in decoder.get("pipeline", ()) for stage in group.values()]
+    return [decoder, *stages, *(model[name] for name in _BESIDE if name in model)]
+
+
+def prepare(model: Any, pictures: Sequence[bytes]) -> Prepared:
+    """What a model that sees is given for pictures, PNG or JPEG, that have been checked before.
+
+    Each goes through the runtime's processor on its own: onnxruntime-genai 0.14.1 mixes up several that differ in size.
+
+    Args:
+        model: an ``onnxruntime_genai.Model``.
+    """
+    import onnxruntime_genai as og
+
+    processor = model.create_multimodal_processor()
+    found = [processor(_PLACEHOLDER, images=og.Images.open_bytes(picture)) for picture in pictures]
+    return Prepared(
+        np.concatenate([made["pixel_values"].as_numpy() for made in found]),
+        np.concatenate([made["image_grid_thw"].as_numpy() for made in found]),
+        tuple(int(made["num_image_tokens"].as_numpy().sum()) for made in found),
+    )
+
+
+def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | None = None) -> None:
+    """Give a prompt to a generator: ids, among them one for each feature of the pictures."""
+    ids = np.asarray(prompt, np.int32)
+    if prepared is None:
+        generator.append_tokens(ids)
+        return
+    import onnxruntime_genai as og
+
+    named = og.NamedTensors()
+    named["input_ids"] = ids[None]
+    named["pixel_values"] = prepared.pixels
+    named["image_grid_thw"] = prepared.grid.astype(np.int64)  # else numpy may have another type of 64 bits
+    named["num_image_tokens"] = np.array([sum(prepared.features)], np.int64)
+    generator.set_inputs(named)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
 
     Answers that were given with a LoRA adapter have its name besides (``adapter``).
+    Those that show pictures have ``images``, each a PNG in base64.
 
     Raises:
         OSError, ValueError, LookupError, TypeError: it cannot be read, or is no transcript.
@@ -149,6 +208,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         numbers = entry["logprobs"]
         if len(numbers) != len(entry["tokens"]) or not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("there is one log-probability a token")
+        for image in entry.get("images", ()):
+            if not base64.b64decode(image, validate=True).startswith(b"\x89PNG\r\n\x1a\n"):
+                raise ValueError("an image is no PNG")
         if not entry["prompt"]:
             raise ValueError("a prompt is empty")
         if "adapter" in entry and not _ADAPTER.fullmatch(entry["adapter"]):
@@ -158,8 +220,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def pictures_of(model: Any, entry: Mapping[str, Any]) -> Prepared | None:
+    """The pictures that an entry of a transcript shows."""
+    encoded = [base64.b64decode(image) for image in entry.get("images", ())]
+    return prepare(model, encoded) if encoded else None
+
+
 def scores(
-    model: Any, prompt: Sequence[int], tokens: Sequence[int], window: int = 1, adapter: tuple[Any, str] | None = None
+    model: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    window: int = 1,
+    adapter: tuple[Any, str] | None = None,
+    prepared: Prepared | None = None,
 ) -> tuple[list[int], list[float]]:
     """Let the model answer ``tokens`` after ``prompt``.
 
@@ -168,6 +241,7 @@ def scores(
         prompt, tokens: ids.
         window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
         adapter: an ``onnxruntime_genai.Adapters`` and the name in it of the one to answer with.
+        prepared: the pictures of the prompt.
 
     Returns:
         before each token, the id that the model ranks first, and the token's log-probability in nats.
@@ -180,7 +254,7 @@ def scores(
     generator = og.Generator(model, parameters)
     if adapter:
         generator.set_active_adapter(*adapter)  # before the first token: the cache must not be of two models
-    generator.append_tokens(np.asarray(prompt, np.int32))
+    feed(generator, prompt, prepared)
     first, logprobs = [], []
     for index, token in enumerate(tokens):
         logits = np.asarray(generator.get_logits(), np.float32)
@@ -237,8 +311,8 @@ def _replay(
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        given = (adapter,) if adapter else ()
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, *given)
+        shown = pictures_of(model, entry)
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, adapter, shown)
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)
@@ -292,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RuntimeError(problem)
         window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
         settings = og.Config(str(options.package))
-        configure(og, settings, provider_of(config), options.cpu, os.cpu_count() or 1)
+        configure(og, settings, config, options.cpu, os.cpu_count() or 1)
         begin = time.perf_counter()
         with chatter_aside():
             model = og.Model(settings)

@@ -51,6 +51,12 @@ class Session:
         return -(-tokens // self.window) * self.window
 
     @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for a feature of a picture; none of a model that does not see."""
+        model = self.config["model"]
+        return int(model["image_token_id"]) if "vision" in model else None
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return int(self.config["model"]["vocab_size"])
@@ -106,7 +112,7 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         raise RuntimeMissing(f"{package} cannot be run here", why=problem, fix="run it on the chip it is compiled for")
     try:
         settings = og.Config(str(package))
-        configure(og, settings, own, provider == "cpu", threads)
+        configure(og, settings, config, provider == "cpu", threads)
         with chatter_aside():
             model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side

@@ -13,6 +13,7 @@ from pipeline import allocation, candidates, files, plan, recipe, runner
 from pipeline.allocation import Option
 from pipeline.candidates import Candidates
 from pipeline.errors import GateError, RecipeError, UsageError
+from pipeline.family import FAMILIES
 from pipeline.recipe import Loaded, Objective
 from pipeline.report import Reporter
 from pipeline.store import Store
@@ -62,6 +63,14 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
             where=str(loaded.path),
             fix=f"use {' or '.join(ALGORITHMS)}",
         )
+    shape = plan.shape_of(loaded)
+    if shape and FAMILIES[shape.model_type].sees:
+        raise RecipeError(
+            f"schemes of {FAMILIES[shape.model_type].title} are not tuned",
+            where=str(loaded.path),
+            why="what a weight loses is measured on models of text alone",
+            fix="give the weights that matter more bits in `quantize.overrides`",
+        )
     if not any(objective.model_dump().values()):
         raise UsageError(
             "there is nothing to tune for",
@@ -109,7 +118,7 @@ def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """
     scheme = loaded.recipe.quantize
     shares = [share for gate in report["gates"] if not gate["passed"] for share in _share(gate)]
-    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares:
+    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares or "images" in report:
         return ""
     measured = max(report[path]["mean_kl"] for path in ("prefill", "decode"))
     wanted = _NEAR * min(shares) * measured

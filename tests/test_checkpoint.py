@@ -48,7 +48,7 @@ def _bytes(
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
-_TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here")))
+_TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here"), None, {}))
 
 
 @pytest.fixture

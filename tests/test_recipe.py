@@ -483,6 +483,7 @@ quantize:
   algorithm: rtn
   head: {SCHEME}
   embedding: {SCHEME}
+  vision: {SCHEME}
   overrides: [{{match: "*.v_proj", scheme: {SCHEME}}}]
   exclude: ["*.q_proj"]
   calibration_windows: 8

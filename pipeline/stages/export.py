@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import (
+    checkpoint_files,
     decoder_graph,
     exporter,
     graph,
@@ -23,6 +24,7 @@ from pipeline import (
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
+from pipeline.family import Family
 from pipeline.recipe import Export
 from pipeline.reference import Reference
 from pipeline.task import GENERATE, TASKS
@@ -54,6 +56,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
     spec = Export.model_validate({key: step.fields[key] for key in Export.model_fields})
     source = inputs["checkpoint"].path
+    _check_exporter(spec.exporter, checkpoint_files.family_of(source))
     task = TASKS[step.fields.get("task", GENERATE)]
     if spec.exporter == "static":
         return _static(step, source, out_dir, spec.rotate, progress)
@@ -98,15 +101,27 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     )
 
 
+def _check_exporter(name: str, family: Family) -> None:
+    text = () if family.sees else ("static", "openvino")
+    if name not in (*family.exporters, *text):
+        raise StageError(
+            f"{name} cannot export {family.title}", where="export.exporter", fix=f"use {' or '.join(family.exporters)}"
+        )
+
+
 def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Progress) -> Result:
     """A graph of our own, written a weight at a time."""
     import onnx
 
+    sees = checkpoint_files.family_of(source).sees
+    if sees and spec.rotate:
+        raise StageError("a model that sees cannot be rotated", where="export.rotate", fix="remove `rotate`")
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
     progress(0.3, "writing weights")
     model = exporter.export_native(given, out_dir, dtype)
     if spec.last_token_head:
-        graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        # Drafts come from a text's own words, and the runtime verifies none against a picture.
+        graph.prune_head(model, 1 if sees else 1 + (spec.draft_tokens or 0))
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)

@@ -28,6 +28,7 @@ from pipeline import (
     replay,
     retrieval_agreement,
     texts,
+    vision_agreement,
 )
 from pipeline import session as sessions
 from pipeline.adapter_files import ENDING
@@ -163,6 +164,11 @@ def _generation(
             name: _adapter(torch_model, (session, twin), inputs["adapters"].path, name, windows, spec, golden, told)
             for name in own
         }
+    if session.image_token is not None:
+        report["images"], more = vision_agreement.measure(
+            torch_model, session, inputs["checkpoint"].path, spec.greedy_tokens, lambda _, what: progress(0.9, what)
+        )
+        golden += more
     shutil.rmtree(scratch, ignore_errors=True)
     _write_golden(golden, out_dir)
     progress(0.95, "tokenizer and chat template")
@@ -423,7 +429,21 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
         for name in ("runtime", "served"):
             unexplained = [entry for entry in report[key][name] if "reason" not in entry]
             found.append(gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
-    return found
+    return found + (_image_gates(report["images"], wanted) if "images" in report else [])
+
+
+def _image_gates(images: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
+    """The recipe's gates for answers about pictures, and those for the pictures themselves, which are no choice."""
+    found = [
+        gate("pixel_error", "image", images["pixel_error"], vision_agreement.MAX_PIXEL_ERROR, "max"),
+        gate("feature_cosine", "image", images["feature_cosine"], vision_agreement.MIN_COSINE, "min"),
+        gate("greedy", "image", images["greedy"], wanted.greedy, "min"),
+    ]
+    for metric, sense in (("mean_kl", "max"), ("top1", "min")):
+        if (bound := getattr(wanted, metric)) is not None:
+            found.append(gate(metric, "image", images[metric], bound, sense))
+    prompts = sum(not answer["prompt_agrees"] for answer in images["answers"])
+    return [*found, gate("chat_template_mismatches", "image", prompts, 0, "max")]
 
 
 def _agreement_gates(report: Mapping[str, Any], wanted: Gates, suffix: str = "") -> list[dict[str, Any]]:
