@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint_files, digest, download, gguf
+from pipeline import audio_tower, checkpoint_files, digest, download, gguf
 from pipeline.artifact import Progress
 from pipeline.errors import CheckpointError, DownloadError, QwenOnnxError
 from pipeline.recipe import Checkpoint, HubSource, LocalSource, WheelSource
 
 TRIES = 3  # rounds over all sources
+_TEMPLATE = Path(__file__).parent / "data" / "qwen2-audio.jinja"  # of checkpoints that have none
 PAUSE = 2.0  # seconds before the second round; twice that before the third
 
 
@@ -116,7 +118,10 @@ def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progres
         for path in checkpoint_files.parts(source):
             progress(0.1, f"copying {path.name}")
             shutil.copyfile(path, out_dir / path.name)
-        checkpoint_files.write_chat_template(out_dir)
+        if checkpoint_files.family_of(out_dir).hears:
+            _settle_template(out_dir)
+        else:
+            checkpoint_files.write_chat_template(out_dir)
     if adapter:
         _check_mergeable(out_dir)
         progress(0.6, "merging the adapter")
@@ -125,9 +130,27 @@ def prepare(source: Path, adapter: Path | None, out_dir: Path, progress: Progres
     return {**facts, **shape}
 
 
+def _settle_template(folder: Path) -> None:
+    """Write ``chat_template.jinja``: the one with which transformers' processor makes room for sounds.
+
+    Raises:
+        CheckpointError: it makes none.
+    """
+    path, older = folder / "chat_template.jinja", folder / "chat_template.json"
+    if not path.is_file():
+        text = json.loads(older.read_bytes()).get("chat_template") if older.is_file() else None
+        path.write_text(text if isinstance(text, str) else _TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+    if audio_tower.TOKENS[1] not in path.read_text(encoding="utf-8", errors="replace"):
+        raise CheckpointError(
+            f"the checkpoint's chat template has no place for sounds ({audio_tower.TOKENS[1]})",
+            where=f"{folder}: {path.name} or {older.name}",
+            fix="save the template of its processor, or remove it: the published one is the default",
+        )
+
+
 def _check_mergeable(folder: Path) -> None:
     family = checkpoint_files.family_of(folder)
-    if family.sees:
+    if family.multimodal:
         raise CheckpointError(
             f"adapters of {family.title} cannot be merged",
             why="peft reads them as those of a model of text alone",

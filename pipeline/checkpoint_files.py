@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest
+from pipeline import audio_tower, digest
 from pipeline.errors import CheckpointError
 from pipeline.family import FAMILIES, Family, Shape, read_shape
-from pipeline.vision import Vision, expected, prefixes, read_vision
+from pipeline.vision import Vision, prefixes, read_vision
+from pipeline.vision import expected as expected_of_vision
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -107,7 +108,10 @@ def check_directory(folder: Path) -> dict[str, Any]:
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"two shards have the tensor {twice[0]}", where=str(path), fix="fetch them again")
         tensors |= found
-    _check_tensors(tensors, _expected(shape, vision, tensors), folder)
+    expected = [*_expected(shape, vision, tensors)]
+    if FAMILIES[shape.model_type].hears:
+        expected += _check_hearing(settings, shape, folder)
+    _check_tensors(tensors, expected, folder)
     return {**vars(shape), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
 
 
@@ -157,6 +161,21 @@ def _weights(folder: Path) -> list[Path]:
     )
 
 
+def _check_hearing(settings: dict[str, Any], shape: Shape, folder: Path) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Check what a model that hears has beside its decoder; returns name and shape of every weight of it."""
+    tower = audio_tower.read(settings, str(folder / "config.json"))
+    path = folder / _PREPROCESSOR
+    if not path.is_file():
+        raise CheckpointError(
+            f"the checkpoint has no {path.name}",
+            where=str(folder),
+            why="it says how sounds are prepared",
+            fix="copy it from the publisher",
+        )
+    audio_tower.check_extractor(_read_json(path, _MAX_JSON), tower, str(path))
+    return tower.expected(shape.hidden)
+
+
 def _check_tensors(tensors: Tensors, expected: Iterable[tuple[str, tuple[int, ...]]], folder: Path) -> None:
     """What is missing would be filled with random values, without an error, when the model is loaded."""
     wrong = []
@@ -180,20 +199,21 @@ def _check_tensors(tensors: Tensors, expected: Iterable[tuple[str, tuple[int, ..
 def _expected(shape: Shape, vision: Vision | None, tensors: Tensors) -> Iterable[tuple[str, tuple[int, ...]]]:
     """Name and shape of every weight that transformers' classes need, in the layout of ``tensors``."""
     if vision is None:
-        yield from _expected_of_text(shape, "model")
+        before = audio_tower.PREFIX if FAMILIES[shape.model_type].hears else ""
+        yield from _expected_of_text(shape, f"{before}model", f"{before}lm_head")
         return
     text, tower = prefixes(tensors)
     yield from _expected_of_text(shape, text)
-    for name, dims in expected(vision):
+    for name, dims in expected_of_vision(vision):
         yield f"{tower}.{name}", dims
 
 
-def _expected_of_text(shape: Shape, prefix: str) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _expected_of_text(shape: Shape, prefix: str, head: str = "lm_head") -> Iterable[tuple[str, tuple[int, ...]]]:
     hidden, heads, kv_heads = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield f"{prefix}.embed_tokens.weight", (shape.vocabulary, hidden)
     yield f"{prefix}.norm.weight", (hidden,)
     if not shape.tied:
-        yield "lm_head.weight", (shape.vocabulary, hidden)
+        yield f"{head}.weight", (shape.vocabulary, hidden)
     matrices = {
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv_heads, hidden),
@@ -204,7 +224,7 @@ def _expected_of_text(shape: Shape, prefix: str) -> Iterable[tuple[str, tuple[in
         "mlp.down_proj": (hidden, shape.intermediate),
     }
     vectors = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    if shape.model_type in ("qwen2", "qwen2_vl", "qwen2_5_vl"):
+    if shape.model_type in ("qwen2", "qwen2_vl", "qwen2_5_vl", audio_tower.MODEL_TYPE):
         vectors |= {
             f"self_attn.{name}_proj.bias": size for name, size in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         }

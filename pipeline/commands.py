@@ -17,9 +17,11 @@ from pipeline.errors import GateError, QwenOnnxError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
+    from pipeline.chat import Message, Tokenizer
     from pipeline.generate import Sampling
     from pipeline.images import Picture
     from pipeline.recipe import Loaded
+    from pipeline.replay import Arrays
     from pipeline.store import Store
 
 RECIPES = Path("recipes")
@@ -100,6 +102,7 @@ def _stream(
     provider: str = "",
     lookup: bool = False,
     pictures: Sequence[Picture] = (),
+    sounds: Arrays | None = None,
 ) -> None:
     """Print an answer as it comes; with ``as_json`` one object a token, and one at the end."""
     import time
@@ -112,7 +115,7 @@ def _stream(
     tokens = (
         speculation.stream(opened, prompt, limit, sampling, counts)
         if lookup
-        else generate.stream(opened, prompt, limit, sampling, prepared)
+        else generate.stream(opened, prompt, limit, sampling, sounds or prepared)
     )
     text = generate.TextStream(chat.load(folder))
     begin = time.perf_counter()
@@ -323,14 +326,33 @@ def generate(options: argparse.Namespace) -> int:
     tokenizer = chat.load(options.package)
     shown = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}] if pictures else text
     system = [{"role": "system", "content": options.system}] if options.system else []
-    prompt = (
-        tokenizer.encode(text, special=False)
-        if options.raw
-        else tokenizer.encode_chat([*system, {"role": "user", "content": shown}])
-    )
-    given = options.threads, sampling, options.json, options.provider, options.lookup, pictures
+    sounds: Arrays | None = None
+    if options.audio:
+        prompt, sounds = _heard(options, tokenizer, system, text)
+    elif options.raw:
+        prompt = tokenizer.encode(text, special=False)
+    else:
+        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": shown}])
+    given = options.threads, sampling, options.json, options.provider, options.lookup, pictures, sounds
     _stream(options.package, prompt, options.max_tokens, *given)
     return 0
+
+
+def _heard(
+    options: argparse.Namespace, tokenizer: Tokenizer, system: Sequence[Message], text: str
+) -> tuple[list[int], Arrays]:
+    """The ids of a question with sounds, and what the model's tower is given."""
+    from pipeline import audio_prompt, wav
+
+    if options.lookup or options.image:
+        raise UsageError("--audio goes with neither --lookup nor --image", fix="leave them out")
+    tower = audio_prompt.read_tower(options.package)
+    clips = [wav.read(path) for path in options.audio]
+    if options.raw:
+        made = audio_prompt.of_text(tokenizer, tower, text, clips)
+    else:
+        made = audio_prompt.of_chat(tokenizer, tower, [*system, audio_prompt.ask(text, len(clips))], clips)
+    return made.ids, made.media
 
 
 def bench(options: argparse.Namespace) -> int:

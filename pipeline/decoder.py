@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import reference, rotation
+from pipeline import audio_tower, reference, rotation
 from pipeline.checkpoint_files import family_of
 from pipeline.errors import StageError
 from pipeline.tensors import Tensors
@@ -39,6 +39,7 @@ class Decoder:
         else:
             self._tensors = Tensors(checkpoint)
             config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            config = config.text_config if family.hears else config
             with torch.device("meta"):
                 if family.sees:
                     model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
@@ -46,6 +47,8 @@ class Decoder:
                     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         self._text = model.model.language_model if family.sees else model.model
         self._prefix = "model" if rotate or not family.sees else prefixes(list(self._tensors))[0]
+        if family.hears:
+            self._prefix = f"{audio_tower.PREFIX}model"
         # A text has one position a token; models that see take it for all three of theirs.
         self._axes = (3, 1) if family.sees else (1,)
         self.config = self._text.config

@@ -69,7 +69,7 @@ def export_optimum(
     olive.run_pass("optimum", config, olive.hf_model(checkpoint), out_dir)
     olive.require(out_dir, "optimum", "model.onnx")
     inputs, _ = graph.interface(graph.load(out_dir / "model.onnx"))
-    _write_config(out_dir, _genai_config(*_settings(checkpoint), inputs))
+    _write_config(out_dir, genai_config(*read_settings(checkpoint), inputs))
 
 
 def export_openvino(checkpoint: Path, out_dir: Path) -> None:
@@ -81,7 +81,7 @@ def export_openvino(checkpoint: Path, out_dir: Path) -> None:
         CheckpointError: config.json is not of a supported family.
     """
     openvino.convert(checkpoint, out_dir)
-    config = _genai_config(*_settings(checkpoint), openvino.INPUTS)
+    config = genai_config(*read_settings(checkpoint), openvino.INPUTS)
     openvino.wrap(out_dir, config["model"]["vocab_size"])
     config["model"]["decoder"] |= openvino.DECODER
     _write_config(out_dir, config)
@@ -103,7 +103,7 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
 
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
     tensors = Tensors(checkpoint)
-    settings, generation = _settings(checkpoint)
+    settings, generation = read_settings(checkpoint)
     shape = read_shape(settings, "config.json")
     vision = read_vision(settings, shape, "config.json") if FAMILIES[shape.model_type].sees else None
     if vision and dtype != "float32":
@@ -116,7 +116,7 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
         except ValueError as error:
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)
-    made = _genai_config(settings, generation, inputs)
+    made = genai_config(settings, generation, inputs)
     made["search"]["past_present_share_buffer"] = True  # attention writes new keys and values into the cache
     if vision:
         vision_export.write(checkpoint, out_dir, settings, vision, tensors)
@@ -125,7 +125,7 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
     return model
 
 
-def _settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_settings(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The contents of ``config.json`` and of ``generation_config.json``, if there is one."""
     path = checkpoint / "generation_config.json"
     generation = json.loads(path.read_bytes()) if path.is_file() else {}
@@ -141,9 +141,7 @@ Exporter = Callable[[Path, Path, Mapping[str, Any], str, str], None]
 EXPORTERS: dict[str, Exporter] = {"genai": export_genai, "optimum": export_optimum}
 
 
-def _genai_config(
-    settings: Mapping[str, Any], generation: Mapping[str, Any], inputs: tuple[str, ...]
-) -> dict[str, Any]:
+def genai_config(settings: Mapping[str, Any], generation: Mapping[str, Any], inputs: tuple[str, ...]) -> dict[str, Any]:
     """A ``genai_config.json`` for a decoder with separate past and present caches, as optimum writes it."""
     shape = read_shape(settings, "config.json")
     text = settings.get("text_config", {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline import audio_tower
 from pipeline.errors import CheckpointError
 
 # Bytes of float32 weights that are held in memory at once, at most: larger models are walked layer by layer.
@@ -26,6 +28,9 @@ class Family:
         runtime: the genai runtime's ``model.type``, where it is not ``model_type``.
         sees: whether it takes images. ``config.json`` then has the decoder's sizes in ``text_config``; older ones of
             Qwen2-VL and Qwen2.5-VL have them among the others.
+        hears: whether it takes sounds. ``config.json`` then has the decoder's sizes in ``text_config``.
+        text: model type of that decoder.
+        defaults: what transformers takes for sizes that ``text_config`` leaves out.
     """
 
     model_type: str
@@ -36,7 +41,25 @@ class Family:
     context: int = 32768
     runtime: str = ""
     sees: bool = False
+    hears: bool = False
+    text: str = ""
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def multimodal(self) -> bool:
+        """Whether it is more than a decoder of text."""
+        return self.sees or self.hears
+
+
+# The published configurations of Qwen2-Audio leave most sizes to these.
+_QWEN2 = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -54,13 +77,23 @@ FAMILIES: dict[str, Family] = {
             context=128000,
             sees=True,
         ),
+        Family(
+            audio_tower.MODEL_TYPE,
+            "Qwen2AudioForConditionalGeneration",
+            ("native",),
+            "Qwen2-Audio",
+            runtime="phi4mm",
+            hears=True,
+            text="qwen2",
+            defaults=_QWEN2,
+        ),
     )
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder, in elements and counts."""
+    """The sizes of a decoder, in elements and counts; ``beside`` are the weights of an audio tower, if it has one."""
 
     model_type: str
     layers: int
@@ -72,6 +105,7 @@ class Shape:
     vocabulary: int
     context: int
     tied: bool
+    beside: int = 0
 
     @property
     def body_parameters(self) -> int:
@@ -124,10 +158,13 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             where=where,
             fix=f"supported: {known}",
         )
-    text = config.get("text_config", config) if family.sees else config
+    text = config.get("text_config", {} if family.hears else config) if family.multimodal else config
     if not isinstance(text, Mapping):
         raise CheckpointError("config.json has a text_config that is no object", where=where)
-    sizes: dict[str, Any] = {field: text.get(key) for field, key in _FIELDS.items()}
+    if family.text and (kind := text.get("model_type", family.text)) != family.text:
+        raise CheckpointError(f"the decoder of {family.title} is {kind!r}, not {family.text}", where=where)
+    text = {**family.defaults, **text}
+    sizes: dict[str, Any] = {name: text.get(key) for name, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
     divides = _is_size(hidden) and _is_size(heads) and hidden % heads == 0
     defaults = {
@@ -135,11 +172,16 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         "head_dim": family.head_dim or (hidden // heads if divides else None),
         "context": family.context,
     }
-    sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
-    bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
+    sizes |= {name: value for name, value in defaults.items() if sizes[name] is None}
+    bad = [f"{_FIELDS[name]} is {value!r}" for name, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
-    return Shape(model_type=family.model_type, tied=bool(text.get("tie_word_embeddings", False)), **sizes)
+    beside = 0
+    if family.hears:
+        expected = audio_tower.read(config, where).expected(sizes["hidden"])
+        beside = sum(math.prod(dims) for _, dims in expected)
+    tied = bool(text.get("tie_word_embeddings", False))
+    return Shape(model_type=family.model_type, tied=tied, beside=beside, **sizes)
 
 
 def _is_size(value: Any) -> bool:

@@ -17,6 +17,8 @@ from pipeline.session import Session
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from pipeline.replay import Arrays
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -85,12 +87,12 @@ def stream(
     prompt: Sequence[int],
     limit: int,
     sampling: Sampling | None = None,
-    prepared: Prepared | None = None,
+    prepared: Prepared | Arrays | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
 
     Args:
-        prepared: the pictures that the prompt has room for (`show`).
+        prepared: the pictures that the prompt has room for (`show`), or its sounds (`pipeline.audio_prompt`).
 
     Raises:
         UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context;
@@ -117,7 +119,7 @@ def room(session: Session, prompt: int, limit: int) -> int:
     return min(limit, session.context_length - session.padded(prompt))
 
 
-def check_prompt(session: Session, prompt: Sequence[int], prepared: Prepared | None = None) -> None:
+def check_prompt(session: Session, prompt: Sequence[int], prepared: Prepared | Arrays | None = None) -> None:
     """Refuse a prompt that the model cannot take.
 
     Raises:
@@ -132,7 +134,7 @@ def check_prompt(session: Session, prompt: Sequence[int], prepared: Prepared | N
     if session.image_token is not None:
         if session.config["model"]["pad_token_id"] in prompt:
             raise UsageError("the prompt has the id that the runtime takes for padding")
-        features = sum(prepared.features) if prepared else 0
+        features = sum(prepared.features) if isinstance(prepared, Prepared) else 0
         if (places := list(prompt).count(session.image_token)) != features:
             raise UsageError(f"the prompt has {places} tokens of images, and the images have {features} features")
     if session.padded(len(prompt)) >= session.context_length:
@@ -143,7 +145,7 @@ def check_prompt(session: Session, prompt: Sequence[int], prepared: Prepared | N
 
 
 def check_answer(
-    session: Session, prompt: Sequence[int], answer: Sequence[int], prepared: Prepared | None = None
+    session: Session, prompt: Sequence[int], answer: Sequence[int], prepared: Prepared | Arrays | None = None
 ) -> None:
     """Refuse a prompt and its answer that the model cannot be fed; raises `UsageError` as `check_prompt` does."""
     check_prompt(session, prompt, prepared)
@@ -169,7 +171,7 @@ def decode_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float3
 
 
 def answer_logits(
-    session: Session, prompt: Sequence[int], answer: Sequence[int], prepared: Prepared | None = None
+    session: Session, prompt: Sequence[int], answer: Sequence[int], prepared: Prepared | Arrays | None = None
 ) -> npt.NDArray[np.float32]:
     """Logits ``[T, V]`` float32 before each of ``answer`` (``[T]``), which is fed one token at a time."""
     generator = start(session, len(prompt) + len(answer))

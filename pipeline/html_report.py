@@ -33,6 +33,9 @@ _METRICS = {
     "runaway_answers": "answers that do not end",
     "eos_mismatches": "end tokens that differ",
     "tokenizer_mismatches": "tokenizer: unexplained differences",
+    "mel_difference": "largest difference of spectrograms",
+    "prompt_mismatches": "prompts with sounds that differ",
+    "cosine": "least cosine of a token of sound",
     "chat_template_mismatches": "chat template: unexplained differences",
 }
 _WHOSE = {"runtime": "the runtime’s", "served": "qwen-onnx’s"}
@@ -58,7 +61,7 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[_answer(entry) for entry in (*validation["greedy"]["answers"], *_pictured(validation))],
+        answers=[_answer(entry) for entry in (*validation["greedy"]["answers"], *_pictured(validation), *_heard(validation))],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
@@ -208,6 +211,12 @@ def _figures(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _nodes(npu: Mapping[str, Any]) -> int:
     """How many nodes the compiled graphs were made from."""
     return sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
+
+
+def _heard(validation: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The answers on sounds."""
+    found: Sequence[Mapping[str, Any]] = validation.get("audio", {}).get("answers", ())
+    return found
 
 
 def _pictured(validation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -80,9 +80,9 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             fix="`qwen-onnx targets` shows what each target lacks",
         )
     shape = shape_of(loaded)
-    if shape and FAMILIES[shape.model_type].sees and target.provider != CPU:
+    if shape and FAMILIES[shape.model_type].multimodal and target.provider != CPU:
         raise RecipeError(
-            f"target {target.name} takes no models that see",
+            f"target {target.name} takes no models that see or hear",
             where=str(loaded.path),
             why=f"the graphs of a {shape.model_type} are written and checked for the processor only",
             fix="use target cpu",
@@ -181,8 +181,9 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
         scheme = recipe.quantize.model_dump(mode="json")
-        if recipe.quantize.vision == "float":
-            del scheme["vision"]  # most models have none
+        for key in ("vision", "audio"):
+            if scheme[key] == "float":
+                del scheme[key]  # most models have none
         fields = {**scheme, "form": form, "rotate": recipe.export.rotate}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
@@ -300,12 +301,13 @@ def _estimate(stage: str, recipe: Recipe, shape: Shape | None) -> Estimate:
         vocabulary = weights // 8
         packed = weights // 4
     else:
-        weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters)
+        weights = 4 * (shape.body_parameters + 2 * shape.vocabulary_parameters + shape.beside)
         vocabulary = 4 * shape.vocabulary_parameters
         floats = 16 if TARGETS[recipe.target].dtypes[0] == "float16" else 32
         bits = recipe.quantize.body.bits + 1 if recipe.quantize.body else floats
         embedding = floats if recipe.quantize.embedding == "float" else bits
         packed = (shape.body_parameters * bits + shape.vocabulary_parameters * (bits + embedding)) // 8
+        packed += 4 * shape.beside
     fetched = recipe.checkpoint.size or 0
     held, pace = _QUANTIZING[recipe.quantize.algorithm]
     window = recipe.validation.window_tokens * vocabulary // (shape.hidden if shape else 1000)

@@ -404,10 +404,13 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
         family, export = FAMILIES.get(architecture.model_type), _typed(Export, value.get("export", {}))
         if family is None:
             yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
-        elif export and export.exporter not in (*family.exporters, *(() if family.sees else ("static", "openvino"))):
+        elif export and export.exporter not in (
+            *family.exporters,
+            *(() if family.multimodal else ("static", "openvino")),
+        ):
             yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
-        elif family.sees and target and target.provider != targets.CPU:
-            yield ("target",), f"{target.name} takes no models that see, such as {family.model_type}: use cpu"
+        elif family.multimodal and target and target.provider != targets.CPU:
+            yield ("target",), f"{target.name} takes no models that see or hear, such as {family.model_type}: use cpu"
 
 
 def _npu_contradictions(target: Target, section: Any) -> Iterator[tuple[Loc, str]]:

@@ -27,6 +27,8 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    Arrays = Mapping[str, npt.NDArray[Any]]
+
 GOLDEN = "golden.jsonl"
 MANIFEST = "manifest.json"
 DEFAULT = {"top1": 0.9, "logprob": 0.15}
@@ -44,7 +46,9 @@ PLUGINS = {
 # OpenVINO's own device for processors, which reads what is made for its NPU. It would round to bfloat16 where it can.
 OPENVINO_ON_CPU = {"device_type": "CPU", "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 _registered: set[str] = set()
-_BESIDE = ("embedding", "vision")  # graphs that a model that sees has beside its decoder
+_BESIDE = ("embedding", "vision", "speech")  # graphs that a model that sees or hears has beside its decoder
+# What the tower of a model that hears is given, and of what type.
+SOUNDS = {"audio_embeds": "float32", "audio_sizes": "int64", "audio_sizes_frames": "int64"}
 _PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of one picture, in the words of all Qwen-VL tokenizers
 
 
@@ -173,16 +177,46 @@ def prepare(model: Any, pictures: Sequence[bytes]) -> Prepared:
     )
 
 
-def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | None = None) -> None:
-    """Give a prompt to a generator: ids, among them one for each feature of the pictures."""
+def pack(sounds: Arrays) -> dict[str, dict[str, Any]]:
+    """Arrays as JSON values: ``dtype``, ``shape``, and their bytes in base64."""
+
+    def packed(values: npt.NDArray[Any]) -> dict[str, Any]:
+        data = base64.b64encode(values.tobytes()).decode()
+        return {"dtype": str(values.dtype), "shape": list(values.shape), "data": data}
+
+    return {name: packed(values) for name, values in sounds.items()}
+
+
+def unpack(sounds: Mapping[str, Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that `pack` has packed.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: they are no such arrays.
+    """
+    found = {}
+    for name, entry in sounds.items():
+        if name not in SOUNDS or entry["dtype"] != SOUNDS[name]:
+            raise ValueError(f"{name!r} of {entry['dtype']!r} is nothing that a tower is given")
+        data = np.frombuffer(base64.b64decode(entry["data"], validate=True), entry["dtype"])
+        found[name] = data.reshape([int(size) for size in entry["shape"]])
+    return found
+
+
+def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | Arrays | None = None) -> None:
+    """Give a prompt to a generator: ids, among them one for each feature of the pictures or sounds."""
     ids = np.asarray(prompt, np.int32)
-    if prepared is None:
+    if not prepared:
         generator.append_tokens(ids)
         return
     import onnxruntime_genai as og
 
     named = og.NamedTensors()
     named["input_ids"] = ids[None]
+    if not isinstance(prepared, Prepared):
+        for name, values in prepared.items():
+            named[name] = np.ascontiguousarray(values)
+        generator.set_inputs(named)
+        return
     named["pixel_values"] = prepared.pixels
     named["image_grid_thw"] = prepared.grid.astype(np.int64)  # else numpy may have another type of 64 bits
     named["num_image_tokens"] = np.array([sum(prepared.features)], np.int64)
@@ -192,10 +226,11 @@ def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | None = None
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
 
-    Those that show pictures have ``images``, each a PNG in base64.
+    Those that show pictures have ``images``, each a PNG in base64; those that let sounds be heard have ``sounds``,
+    what the model's tower is given (`pack`).
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it cannot be read, or is no transcript.
+        OSError, ValueError, LookupError, TypeError, AttributeError: it cannot be read, or is no transcript.
     """
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     for entry in entries:
@@ -208,6 +243,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         for image in entry.get("images", ()):
             if not base64.b64decode(image, validate=True).startswith(b"\x89PNG\r\n\x1a\n"):
                 raise ValueError("an image is no PNG")
+        unpack(entry.get("sounds", {}))
         if not entry["prompt"]:
             raise ValueError("a prompt is empty")
     if not any(entry["tokens"] for entry in entries):
@@ -215,8 +251,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def pictures_of(model: Any, entry: Mapping[str, Any]) -> Prepared | None:
-    """The pictures that an entry of a transcript shows."""
+def media_of(model: Any, entry: Mapping[str, Any]) -> Prepared | Arrays | None:
+    """The pictures that an entry of a transcript shows, or its sounds."""
+    if sounds := unpack(entry.get("sounds", {})):
+        return sounds
     encoded = [base64.b64decode(image) for image in entry.get("images", ())]
     return prepare(model, encoded) if encoded else None
 
@@ -226,7 +264,7 @@ def scores(
     prompt: Sequence[int],
     tokens: Sequence[int],
     window: int = 1,
-    prepared: Prepared | None = None,
+    prepared: Prepared | Arrays | None = None,
 ) -> tuple[list[int], list[float]]:
     """Let the model answer ``tokens`` after ``prompt``.
 
@@ -234,7 +272,7 @@ def scores(
         model: an ``onnxruntime_genai.Model``.
         prompt, tokens: ids.
         window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
-        prepared: the pictures of the prompt.
+        prepared: the pictures or sounds of the prompt.
 
     Returns:
         before each token, the id that the model ranks first, and the token's log-probability in nats.
@@ -277,7 +315,7 @@ def replay(model: Any, entries: Sequence[dict[str, Any]], window: int = 1) -> di
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, pictures_of(model, entry))
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, media_of(model, entry))
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)

@@ -6,7 +6,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import calibration, checkpoint_files, olive, openvino, quantizer, static_quantizer, vision_quantizer
+from pipeline import (
+    audio_export,
+    calibration,
+    checkpoint_files,
+    olive,
+    openvino,
+    quantizer,
+    static_quantizer,
+    vision_quantizer,
+)
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.scheme import Scheme
@@ -34,6 +43,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         facts = openvino.compress(source, out_dir, scheme)
     elif checkpoint_files.family_of(checkpoint).sees:
         facts = vision_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
+    elif checkpoint_files.family_of(checkpoint).hears:
+        facts = vision_quantizer.quantize(source, checkpoint, out_dir, scheme, progress, "audio")
+        shutil.copyfile(source / audio_export.NO_VISION, out_dir / audio_export.NO_VISION)
     else:
         facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate)
     for path in sorted(source.iterdir()):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import (
+    audio_agreement,
     generate,
     graph,
     metrics,
@@ -107,6 +108,11 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         report["images"], more = vision_agreement.measure(
             torch_model, session, inputs["checkpoint"].path, spec.greedy_tokens, lambda _, what: progress(0.9, what)
         )
+        golden += more
+    if audio_agreement.applies(inputs["checkpoint"].path):
+        progress(0.9, "sounds")
+        heard, more = _hearing(torch_model, session, inputs["checkpoint"].path, spec.greedy_tokens)
+        report |= heard
         golden += more
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in golden)
     (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
@@ -263,6 +269,17 @@ def _answers(
     }, golden
 
 
+def _hearing(
+    torch_model: Reference, session: Session, checkpoint: Path, limit: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures of answers on sounds, and entries for ``golden.jsonl``."""
+    try:
+        figures, golden = audio_agreement.measure(torch_model, session, checkpoint, limit)
+    except ValueError as error:
+        return {"finite": False, "failure": f"on sounds: {error}"}, []
+    return {"audio": figures}, golden
+
+
 def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
     """Every gate with what was measured.
 
@@ -278,6 +295,9 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
                 found.append(_gate(metric, path, figures[metric], bound, "max"))
         found.append(_gate("top1", path, figures["top1"], wanted.top1, "min"))
     found.append(_gate("greedy", "decode", report["greedy"]["agreement"], wanted.greedy, "min"))
+    if "audio" in report:
+        for metric, value, bound, sense in audio_agreement.bounds(report["audio"], wanted):
+            found.append(_gate(metric, "audio", value, bound, sense))
     runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
     found.append(_gate("runaway_answers", "decode", runaway, wanted.runaway, "max"))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
