@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[_answer(entry) for entry in (*validation["greedy"]["answers"], *_pictured(validation), *_heard(validation))],
+        answers=[
+            _answer(entry) for entry in (*validation["greedy"]["answers"], *_pictured(validation), *_heard(validation))
+        ],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
