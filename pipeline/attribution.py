@@ -16,6 +16,7 @@ import numpy as np
 from pipeline import blockwise, decoder, generate, graph, metrics, peers, reference, sensitivity, session, texts
 from pipeline.errors import StageError, UsageError
 from pipeline.external_data import read_tensor
+from pipeline.media_quantizer import EMBEDDING, TOWERS
 from pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ def attribute(package: Path, store: Store, progress: Progress) -> dict[str, Any]
         UsageError: the store has not the checkpoint, or the package has no such weights.
         StageError: the evaluation text is too short for the tokenizer.
     """
-    if (package / "vision.onnx").is_file():
+    if (package / TOWERS["vision"]).is_file() and not (package / TOWERS["audio"]).is_file():
         raise UsageError(
             f"the losses of {package} cannot be told apart", why="that is done for models of text alone, and it sees"
         )
-    model = graph.load(package / "model.onnx")
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    # The decoder's, and an embedding's that has a graph of its own.
+    models = [graph.load(package / name) for name in ("model.onnx", EMBEDDING) if (package / name).is_file()]
+    initializers = {tensor.name: tensor for model in models for tensor in model.graph.initializer}
     nodes = {
         graph.path_of(node, node.input[0]): node
+        for model in models
         for node in model.graph.node
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
     }

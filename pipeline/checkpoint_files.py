@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, qwen1_layout, qwen1_tokenizer
+from pipeline import audio_tower, digest, multimodal, qwen1_layout, qwen1_tokenizer
 from pipeline.errors import CheckpointError
 from pipeline.family import FAMILIES, Family, Shape, read_shape
 from pipeline.headless import full_name
-from pipeline.vision import Vision, expected, prefixes, read_vision
+from pipeline.multimodal import Layout
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -106,14 +106,9 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
             where=str(folder),
             fix="save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
-    vision = read_vision(settings, shape, str(config)) if FAMILIES[shape.model_type].sees else None
-    if vision and not (folder / _PREPROCESSOR).is_file():
-        raise CheckpointError(
-            f"the checkpoint has no {_PREPROCESSOR}",
-            where=str(folder),
-            why="it says how pictures are prepared",
-            fix="copy it from the publisher",
-        )
+    family = FAMILIES[shape.model_type]
+    if family.multimodal:
+        _check_preprocessor(settings, family, folder)
     tensors: Tensors = {}
     for path in files:
         more = read_tensors(path)
@@ -127,7 +122,9 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
         as_qwen2 = qwen1_layout.as_qwen2(settings, str(config))
         _check_tensors(tensors, {name: dims for name, dims, _ in qwen1_layout.weights(as_qwen2)}, folder)
     else:
-        _check_tensors(tensors, dict(_expected(shape, vision, tensors)), folder)
+        layout = multimodal.in_files(family, tensors)
+        towers = multimodal.expected(settings, shape, layout, str(config))
+        _check_tensors(tensors, dict(_expected(shape, layout)) | dict(towers), folder)
     return {**vars(shape), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
 
 
@@ -165,6 +162,21 @@ def weight_files(folder: Path) -> list[Path]:
         why=reason,
         fix=f"name the GGUF file itself: {folder / files[0]}" if files else remedy,
     )
+
+
+def _check_preprocessor(settings: dict[str, Any], family: Family, folder: Path) -> None:
+    """Check the file that says how pictures or sounds are prepared."""
+    path = folder / _PREPROCESSOR
+    if not path.is_file():
+        raise CheckpointError(
+            f"the checkpoint has no {path.name}",
+            where=str(folder),
+            why=f"it says how {'pictures' if family.sees else 'sounds'} are prepared",
+            fix="copy it from the publisher",
+        )
+    if family.hears:
+        tower = audio_tower.read(settings, str(folder / "config.json"))
+        audio_tower.check_extractor(_read_json(path, _MAX_JSON), tower, str(path))
 
 
 def _names(folder: Path) -> set[str]:
@@ -212,23 +224,14 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], folde
         )
 
 
-def _expected(shape: Shape, vision: Vision | None, tensors: Tensors) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight that transformers' classes need, in the layout of ``tensors``."""
-    if vision is None:
-        yield from _expected_of_text(shape, "model")
-        return
-    text, tower = prefixes(tensors)
-    yield from _expected_of_text(shape, text)
-    for name, dims in expected(vision):
-        yield f"{tower}.{name}", dims
-
-
-def _expected_of_text(shape: Shape, prefix: str) -> Iterable[tuple[str, tuple[int, ...]]]:
+def _expected(shape: Shape, layout: Layout) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight of the decoder that transformers' classes need."""
+    prefix = layout.text
     hidden, heads, kv_heads = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     yield f"{prefix}.embed_tokens.weight", (shape.vocabulary, hidden)
     yield f"{prefix}.norm.weight", (hidden,)
     if not shape.tied:
-        yield "lm_head.weight", (shape.vocabulary, hidden)
+        yield f"{layout.head}.weight", (shape.vocabulary, hidden)
     matrices = {
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv_heads, hidden),
@@ -239,11 +242,11 @@ def _expected_of_text(shape: Shape, prefix: str) -> Iterable[tuple[str, tuple[in
         "mlp.down_proj": (hidden, shape.intermediate),
     }
     vectors = {"input_layernorm.weight": hidden, "post_attention_layernorm.weight": hidden}
-    if shape.model_type in ("qwen2", "qwen2_vl", "qwen2_5_vl"):
+    if shape.model_type.startswith("qwen2"):
         vectors |= {
             f"self_attn.{name}_proj.bias": size for name, size in zip("qkv", (heads, kv_heads, kv_heads), strict=True)
         }
-    if shape.model_type in ("qwen3", "qwen3_vl"):
+    if shape.model_type.startswith("qwen3"):
         vectors |= {"self_attn.q_norm.weight": shape.head_dim, "self_attn.k_norm.weight": shape.head_dim}
     for layer in range(shape.layers):
         for name, dims in matrices.items():
@@ -257,8 +260,11 @@ def family_of(folder: Path) -> Family:
     return FAMILIES[json.loads((folder / "config.json").read_bytes())["model_type"]]
 
 
-def write_chat_template(folder: Path) -> None:
+def write_chat_template(folder: Path, first: bool = False) -> None:
     """Write ``chat_template.jinja``, where the template is only in ``chat_template.json``: tokenizers do not read that.
+
+    Args:
+        first: whether that goes before what ``tokenizer_config.json`` has.
 
     Raises:
         CheckpointError: the file holds something else.
@@ -267,7 +273,7 @@ def write_chat_template(folder: Path) -> None:
     config = folder / "tokenizer_config.json"
     if not path.is_file() or made.is_file():
         return
-    if config.is_file() and _read_json(config, _MAX_JSON).get("chat_template"):
+    if not first and config.is_file() and _read_json(config, _MAX_JSON).get("chat_template"):
         return
     template = _read_json(path, _MAX_JSON).get("chat_template")
     if not isinstance(template, str):

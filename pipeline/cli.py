@@ -163,6 +163,8 @@ def _package_commands(root: Any) -> None:
     text = "a PNG or JPEG that the prompt is about, for a model that sees; may be given several times"
     generate.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help=text)
     generate.add_argument("--system", help="system message")
+    text = "a WAV file (16 kHz, at most 30 s) for a package that hears; may be given again"
+    generate.add_argument("--audio", type=Path, action="append", default=[], metavar="FILE", help=text)
     generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
     text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
     generate.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)

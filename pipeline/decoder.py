@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import reference, rotation
+from pipeline import multimodal, reference, rotation
 from pipeline.checkpoint_files import family_of
 from pipeline.errors import StageError
 from pipeline.tensors import Tensors
-from pipeline.vision import prefixes
 
 if TYPE_CHECKING:
     import torch
@@ -33,19 +32,18 @@ class Decoder:
 
         family = family_of(checkpoint)
         self._whole = rotate
+        layout = multimodal.in_memory(family)
         if rotate:
             model = reference.load(checkpoint).model
             rotation.rotate(model)
+            self._prefix = layout.text
         else:
             self._tensors = Tensors(checkpoint)
             config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             with torch.device("meta"):
-                if family.sees:
-                    model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
-                else:
-                    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self._text = model.model.language_model if family.sees else model.model
-        self._prefix = "model" if rotate or not family.sees else prefixes(list(self._tensors))[0]
+                model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
+            self._prefix = multimodal.in_files(family, list(self._tensors)).text
+        self._text = model.get_submodule(layout.text)
         # A text has one position a token; models that see take it for all three of theirs.
         self._axes = (3, 1) if family.sees else (1,)
         self.config = self._text.config

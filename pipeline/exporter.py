@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import decoder_graph, graph, olive, openvino, vision_export
+from pipeline import audio_export, audio_tower, decoder_graph, graph, multimodal, olive, openvino, vision_export
+from pipeline.decoder_graph import Embedded
 from pipeline.errors import StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.family import FAMILIES, read_shape
 from pipeline.target import CPU
 from pipeline.tensors import Tensors
-from pipeline.vision import prefixes, read_vision
+from pipeline.vision import read_vision
 
 if TYPE_CHECKING:
     import onnx
@@ -131,22 +132,28 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
     tensors = Tensors(checkpoint)
     settings, generation = _settings(checkpoint)
     shape = read_shape(settings, "config.json")
-    vision = read_vision(settings, shape, "config.json") if FAMILIES[shape.model_type].sees else None
-    if vision and dtype != "float32":
-        raise StageError("models that see are exported in float32", why=f"{dtype} was asked for")
+    family = FAMILIES[shape.model_type]
+    layout = multimodal.in_files(family, list(tensors))
+    vision = read_vision(settings, shape, "config.json") if family.sees else None
+    tower = audio_tower.read(settings, "config.json") if family.hears else None
+    if family.multimodal and dtype != "float32":
+        raise StageError("models that see or hear are exported in float32", why=f"{dtype} was asked for")
+    embedded = vision_export.embedded(config, vision) if vision else Embedded() if tower else None
+    kind = np.dtype(dtype).type
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         try:
-            embedded = vision_export.embedded(config, vision) if vision else None
-            prefix = prefixes(list(tensors))[0] if vision else "model"
-            model = decoder_graph.write(config, tensors, writer, np.dtype(dtype).type, prefix=prefix, embedded=embedded)
+            model = decoder_graph.write(config, tensors, writer, kind, layout.text, layout.head, embedded)
         except ValueError as error:
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)
     made = _genai_config(settings, generation, inputs)
     made["search"]["past_present_share_buffer"] = True  # attention writes new keys and values into the cache
     if vision:
-        vision_export.write(checkpoint, out_dir, settings, vision, tensors)
+        vision_export.write(checkpoint, out_dir, settings, vision, tensors, layout)
         vision_export.configure(made["model"], checkpoint, settings, vision)
+    if tower:
+        audio_export.write(out_dir, tower, config.hidden_size, tensors, layout)
+        audio_export.configure(made["model"])
     _write_config(out_dir, made)
     return model
 

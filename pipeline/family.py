@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import positions, qwen1_layout
@@ -27,6 +27,9 @@ class Family:
         runtime: the genai runtime's ``model.type``, where it is not ``model_type``.
         sees: whether it takes images. ``config.json`` then has the decoder's sizes in ``text_config``; older ones of
             Qwen2-VL and Qwen2.5-VL have them among the others.
+        hears: whether it takes sounds. ``config.json`` then has the decoder's sizes in ``text_config``.
+        text: model type of that decoder.
+        defaults: what transformers takes for sizes that ``text_config`` leaves out.
     """
 
     model_type: str
@@ -37,12 +40,30 @@ class Family:
     context: int = positions.DEFAULT
     runtime: str = ""
     sees: bool = False
+    hears: bool = False
+    text: str = ""
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether it is more than a decoder of text."""
+        return self.sees or self.hears
 
     @property
     def headless(self) -> str:
         """The transformers class without a head, which checkpoints of embedding models may name."""
         return self.architecture.replace("ForCausalLM", "Model")
 
+
+# The published configurations of Qwen2-Audio leave most sizes to these.
+_QWEN2 = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -59,6 +80,16 @@ FAMILIES: dict[str, Family] = {
             head_dim=128,
             context=128000,
             sees=True,
+        ),
+        Family(
+            "qwen2_audio",
+            "Qwen2AudioForConditionalGeneration",
+            ("native",),
+            "Qwen2-Audio",
+            runtime="phi4mm",
+            hears=True,
+            text="qwen2",
+            defaults=_QWEN2,
         ),
     )
 }
@@ -157,10 +188,13 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             where=where,
             fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
-    text = config.get("text_config", config) if family.sees else config
+    text = config.get("text_config", {} if family.hears else config) if family.multimodal else config
     if not isinstance(text, Mapping):
         raise CheckpointError("config.json has a text_config that is no object", where=where)
-    sizes: dict[str, Any] = {field: text.get(key) for field, key in _FIELDS.items()}
+    if family.text and (kind := text.get("model_type", family.text)) != family.text:
+        raise CheckpointError(f"the decoder of {family.title} is {kind!r}, not {family.text}", where=where)
+    text = {**family.defaults, **text}
+    sizes: dict[str, Any] = {name: text.get(key) for name, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
     divides = _is_size(hidden) and _is_size(heads) and hidden % heads == 0
     defaults = {
@@ -168,8 +202,8 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
         "head_dim": family.head_dim or (hidden // heads if divides else None),
         "context": family.context,
     }
-    sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
-    bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
+    sizes |= {name: value for name, value in defaults.items() if sizes[name] is None}
+    bad = [f"{_FIELDS[name]} is {value!r}" for name, value in sizes.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
     sizes["context"] = positions.read(text, sizes["context"], where).context

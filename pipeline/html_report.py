@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ _METRICS = {
     "top1": "top-1 agreement",
     "greedy": "greedy agreement",
     "pixel_error": "largest error of a normalized pixel",
-    "feature_cosine": "least cosine of an image’s features",
+    "mel_difference": "largest difference of spectrograms",
+    "feature_cosine": "least cosine of a feature of an image or a sound",
     "runaway_answers": "answers that do not end",
     "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
@@ -65,9 +66,7 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[
-            _answer(entry) for entry in (*validation.get("greedy", {"answers": ()})["answers"], *_pictured(validation))
-        ],
+        answers=[_answer(entry) for entry in _answers(validation)],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
@@ -230,12 +229,12 @@ def _nodes(npu: Mapping[str, Any]) -> int:
     return sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
 
 
-def _pictured(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Answers about pictures, of models that see."""
-    return [
-        {**entry, "name": f"image {entry['name']}: {entry['question']}"}
-        for entry in validation.get("images", {}).get("answers", ())
-    ]
+def _answers(validation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All answers: to texts, about pictures, and on sounds."""
+    for section in ("greedy", "images", "audio"):
+        for entry in validation.get(section, {}).get("answers", ()):
+            question = f": {entry['question']}" if "question" in entry else ""
+            yield {**entry, "name": f"{entry['name']}{question}"}
 
 
 def _answer(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, checkpoint_files, digest, estimate, isolated, lora_files, machine, positions, texts
+from pipeline import (
+    __version__,
+    checkpoint_files,
+    digest,
+    estimate,
+    isolated,
+    lora_files,
+    machine,
+    multimodal,
+    positions,
+    texts,
+)
 from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
 from pipeline.family import FAMILIES, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe
+from pipeline.sizes import Tower
 from pipeline.target import CPU, TARGETS, Target, file_problem
 from pipeline.task import EMBED, TASKS, Task
 
@@ -98,10 +110,10 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         )
     for config, where in _local_configs(loaded):
         positions.check_context(config, _context_length(recipe), where)
-    shape = shape_of(loaded)
-    if shape and FAMILIES[shape.model_type].sees:
-        _check_seeing(loaded, target)
-    size = estimate.of("quantize", recipe, shape).disk
+    shape, tower = shape_of(loaded), tower_of(loaded)
+    if shape and FAMILIES[shape.model_type].multimodal:
+        _check_media(loaded, target)
+    size = estimate.of("quantize", recipe, shape, tower).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
             f"the package would be too large for {target.name}",
@@ -132,7 +144,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "tools": tools,
             }
         )
-        need = estimate.of(stage.name, recipe, shape)
+        need = estimate.of(stage.name, recipe, shape, tower)
         steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, _context(stage.name, loaded))
     return list(steps.values())
 
@@ -142,8 +154,8 @@ def stages_of(target: Target, adapted: bool = False) -> list[Stage]:
     return [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
 
 
-def _check_seeing(loaded: Loaded, target: Target) -> None:
-    """Refuse what models that see cannot be built for or with.
+def _check_media(loaded: Loaded, target: Target) -> None:
+    """Refuse what models that see or hear cannot be built for or with.
 
     Raises:
         RecipeError: saying why.
@@ -156,7 +168,7 @@ def _check_seeing(loaded: Loaded, target: Target) -> None:
         what, why = f"task {loaded.recipe.task}", "they generate text"
     else:
         return
-    raise RecipeError(f"{what} takes no models that see", where=str(loaded.path), why=why)
+    raise RecipeError(f"{what} takes no models that see or hear", where=str(loaded.path), why=why)
 
 
 def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
@@ -197,6 +209,11 @@ def shape_of(loaded: Loaded) -> Shape | None:
     return next((read_shape(config, where) for config, where in _local_configs(loaded)), None)
 
 
+def tower_of(loaded: Loaded) -> Tower | None:
+    """The sizes of what is in front of the decoder, where a local config.json tells them."""
+    return next((multimodal.tower(config, read_shape(config, at), at) for config, at in _local_configs(loaded)), None)
+
+
 def _local_configs(loaded: Loaded) -> Iterator[tuple[Any, str]]:
     """The ``config.json`` of each local checkpoint that has one, and its path."""
     for source in loaded.recipe.checkpoint.sources:
@@ -231,8 +248,9 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
         scheme = recipe.quantize.model_dump(mode="json")
-        if recipe.quantize.vision == "float":
-            del scheme["vision"]  # most models have none
+        for key in ("vision", "audio"):
+            if scheme[key] == "float":
+                del scheme[key]  # most models have none
         fields = {**scheme, "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":

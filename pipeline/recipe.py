@@ -480,10 +480,10 @@ def _family_contradictions(
     if family is None:
         yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
         return
-    if export and export.exporter not in (*family.exporters, *(() if family.sees else ("static", "openvino"))):
+    if export and export.exporter not in (*family.exporters, *(() if family.multimodal else ("static", "openvino"))):
         yield ("export", "exporter"), f"{export.exporter} cannot export {family.model_type}"
-    if family.sees and target and target.provider != targets.CPU:
-        yield ("target",), f"{target.name} takes no models that see, such as {family.model_type}: use cpu"
+    if family.multimodal and target and target.provider != targets.CPU:
+        yield ("target",), f"{target.name} takes no models that see or hear, such as {family.model_type}: use cpu"
 
 
 def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]]:

@@ -28,6 +28,8 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    Arrays = Mapping[str, npt.NDArray[Any]]
+
 GOLDEN = "golden.jsonl"
 MANIFEST = "manifest.json"
 DEFAULT = {"top1": 0.9, "logprob": 0.15}
@@ -46,23 +48,30 @@ PLUGINS = {
 # OpenVINO's own device for processors, which reads what is made for its NPU. It would round to bfloat16 where it can.
 OPENVINO_ON_CPU = {"device_type": "CPU", "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 _registered: set[str] = set()
-_BESIDE = ("embedding", "vision")  # graphs that a model that sees has beside its decoder
+_BESIDE = ("embedding", "vision", "speech")  # graphs that a model that sees or hears has beside its decoder
+# What the tower of a model that hears is given, and of what type.
+SOUNDS = {"audio_embeds": "float32", "audio_sizes": "int64", "audio_sizes_frames": "int64"}
 _PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of one picture, in the words of all Qwen-VL tokenizers
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Pictures as a model takes them: patches ``[N, 1176]`` float32 of all, and patches down and across of each.
+class Media:
+    """Pictures or sounds as a model's tower takes them.
 
     Attributes:
-        pixels: the patches of all pictures, one after the other.
-        grid: int64 ``[pictures, 3]``: 1, patches down, patches across.
-        features: how many tokens of a prompt each takes.
+        arrays: by the runtime's names. Of pictures: ``pixel_values`` float32 ``[N, 1176]``, the patches of all, one
+            picture after the other; ``image_grid_thw`` int64 ``[pictures, 3]``, 1 and patches down and across of each;
+            ``num_image_tokens`` int64 ``[1]``. Of sounds: `SOUNDS`.
+        tokens: how many tokens of a prompt each picture or sound takes.
     """
 
-    pixels: npt.NDArray[np.float32]
-    grid: npt.NDArray[np.int64]
-    features: tuple[int, ...]
+    arrays: Arrays
+    tokens: tuple[int, ...]
+
+    @property
+    def heard(self) -> bool:
+        """Whether they are sounds."""
+        return "audio_sizes" in self.arrays
 
 
 def register_plugin(runtime: Any, provider: str) -> None:
@@ -156,7 +165,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [decoder, *stages, *(model[name] for name in _BESIDE if name in model)]
 
 
-def prepare(model: Any, pictures: Sequence[bytes]) -> Prepared:
+def prepare(model: Any, pictures: Sequence[bytes]) -> Media:
     """What a model that sees is given for pictures, PNG or JPEG, that have been checked before.
 
     Each goes through the runtime's processor on its own: onnxruntime-genai 0.14.1 mixes up several that differ in size.
@@ -168,37 +177,65 @@ def prepare(model: Any, pictures: Sequence[bytes]) -> Prepared:
 
     processor = model.create_multimodal_processor()
     found = [processor(_PLACEHOLDER, images=og.Images.open_bytes(picture)) for picture in pictures]
-    return Prepared(
-        np.concatenate([made["pixel_values"].as_numpy() for made in found]),
-        np.concatenate([made["image_grid_thw"].as_numpy() for made in found]),
-        tuple(int(made["num_image_tokens"].as_numpy().sum()) for made in found),
-    )
+    tokens = tuple(int(made["num_image_tokens"].as_numpy().sum()) for made in found)
+    grids = np.concatenate([made["image_grid_thw"].as_numpy() for made in found])
+    arrays = {
+        "pixel_values": np.concatenate([made["pixel_values"].as_numpy() for made in found]),
+        "image_grid_thw": grids.astype(np.int64),  # else numpy may have another type of 64 bits
+        "num_image_tokens": np.array([sum(tokens)], np.int64),
+    }
+    return Media(arrays, tokens)
 
 
-def feed(generator: Any, prompt: Sequence[int], prepared: Prepared | None = None) -> None:
-    """Give a prompt to a generator: ids, among them one for each feature of the pictures."""
+def pack(sounds: Arrays) -> dict[str, dict[str, Any]]:
+    """Arrays as JSON values: ``dtype``, ``shape``, and their bytes in base64."""
+
+    def packed(values: npt.NDArray[Any]) -> dict[str, Any]:
+        data = base64.b64encode(values.tobytes()).decode()
+        return {"dtype": str(values.dtype), "shape": list(values.shape), "data": data}
+
+    return {name: packed(values) for name, values in sounds.items()}
+
+
+def unpack(sounds: Mapping[str, Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that `pack` has packed.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: they are no such arrays.
+    """
+    found = {}
+    for name, entry in sounds.items():
+        if name not in SOUNDS or entry["dtype"] != SOUNDS[name]:
+            raise ValueError(f"{name!r} of {entry['dtype']!r} is nothing that a tower is given")
+        data = np.frombuffer(base64.b64decode(entry["data"], validate=True), entry["dtype"])
+        found[name] = data.reshape([int(size) for size in entry["shape"]])
+    return found
+
+
+def feed(generator: Any, prompt: Sequence[int], media: Media | None = None) -> None:
+    """Give a prompt to a generator: ids, among them one for each feature of the pictures or sounds."""
     ids = np.asarray(prompt, np.int32)
-    if prepared is None:
+    if media is None:
         generator.append_tokens(ids)
         return
     import onnxruntime_genai as og
 
     named = og.NamedTensors()
     named["input_ids"] = ids[None]
-    named["pixel_values"] = prepared.pixels
-    named["image_grid_thw"] = prepared.grid.astype(np.int64)  # else numpy may have another type of 64 bits
-    named["num_image_tokens"] = np.array([sum(prepared.features)], np.int64)
+    for name, values in media.arrays.items():
+        named[name] = np.ascontiguousarray(values)
     generator.set_inputs(named)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
 
-    Answers that were given with a LoRA adapter have its name besides (``adapter``).
-    Those that show pictures have ``images``, each a PNG in base64.
+    Answers that were given with a LoRA adapter have its name besides (``adapter``). Those that show pictures have
+    ``images``, each a PNG in base64; those that let sounds be heard have ``sounds``, what the model's tower is given
+    (`pack`).
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it cannot be read, or is no transcript.
+        OSError, ValueError, LookupError, TypeError, AttributeError: it cannot be read, or is no transcript.
     """
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     for entry in entries:
@@ -211,6 +248,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         for image in entry.get("images", ()):
             if not base64.b64decode(image, validate=True).startswith(b"\x89PNG\r\n\x1a\n"):
                 raise ValueError("an image is no PNG")
+        _heard(entry)
         if not entry["prompt"]:
             raise ValueError("a prompt is empty")
         if "adapter" in entry and not _ADAPTER.fullmatch(entry["adapter"]):
@@ -220,10 +258,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def pictures_of(model: Any, entry: Mapping[str, Any]) -> Prepared | None:
-    """The pictures that an entry of a transcript shows."""
+def _heard(entry: Mapping[str, Any]) -> Media | None:
+    arrays = unpack(entry.get("sounds", {}))
+    return Media(arrays, tuple(arrays["audio_sizes"].ravel().tolist())) if arrays else None
+
+
+def media_of(model: Any, entry: Mapping[str, Any]) -> Media | None:
+    """The pictures that an entry of a transcript shows, or its sounds."""
     encoded = [base64.b64decode(image) for image in entry.get("images", ())]
-    return prepare(model, encoded) if encoded else None
+    return prepare(model, encoded) if encoded else _heard(entry)
 
 
 def scores(
@@ -232,7 +275,7 @@ def scores(
     tokens: Sequence[int],
     window: int = 1,
     adapter: tuple[Any, str] | None = None,
-    prepared: Prepared | None = None,
+    media: Media | None = None,
 ) -> tuple[list[int], list[float]]:
     """Let the model answer ``tokens`` after ``prompt``.
 
@@ -241,7 +284,7 @@ def scores(
         prompt, tokens: ids.
         window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
         adapter: an ``onnxruntime_genai.Adapters`` and the name in it of the one to answer with.
-        prepared: the pictures of the prompt.
+        media: the pictures or sounds of the prompt.
 
     Returns:
         before each token, the id that the model ranks first, and the token's log-probability in nats.
@@ -254,7 +297,7 @@ def scores(
     generator = og.Generator(model, parameters)
     if adapter:
         generator.set_active_adapter(*adapter)  # before the first token: the cache must not be of two models
-    feed(generator, prompt, prepared)
+    feed(generator, prompt, media)
     first, logprobs = [], []
     for index, token in enumerate(tokens):
         logits = np.asarray(generator.get_logits(), np.float32)
@@ -311,8 +354,8 @@ def _replay(
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        shown = pictures_of(model, entry)
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, adapter, shown)
+        media = media_of(model, entry)
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, adapter, media)
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)

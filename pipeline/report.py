@@ -212,6 +212,8 @@ def validation(data: Mapping[str, Any]) -> str:
     if data["finite"]:
         domains = data["decode"]["domains"].items()
         lines.append("mean KL by text: " + ", ".join(f"{name} {figures['mean_kl']:.4f}" for name, figures in domains))
+    if audio := data.get("audio"):
+        lines.append(f"answers on sounds: mean KL {audio['mean_kl']:.4f}, cosine {audio['feature_cosine']:.6f}")
     if npu := data.get("npu"):
         nodes = sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
         lines.append(

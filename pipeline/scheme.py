@@ -81,6 +81,7 @@ class Scheme(Frozen):
         head: the scheme of the output head.
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
         vision: of a model that sees, the scheme of the products in its vision tower; ``float`` keeps them.
+        audio: of a model that hears, the same for its audio tower.
         overrides: exceptions for single weights.
         exclude: patterns of weights that stay as exported.
         calibration_windows: windows of 512 tokens of calibration text that ``gptq`` and ``static`` read.
@@ -93,6 +94,7 @@ class Scheme(Frozen):
     head: WeightScheme | None = None
     embedding: Embedding = "float"
     vision: Tower = "float"
+    audio: Tower = "float"
     overrides: tuple[Override, ...] = ()
     exclude: tuple[str, ...] = ()
     calibration_windows: Annotated[int, Field(ge=1, le=64)] = 16
@@ -143,7 +145,7 @@ class Scheme(Frozen):
                 found.append((("embedding",), f"algorithm {self.algorithm} leaves the embedding in float"))
         if self.algorithm == "static" and self.embedding == "shared":
             found.append((("embedding",), "the head is compiled, and cannot be shared: use `float` or a scheme"))
-        found += self._tower()
+        found += self._towers()
         found += self._whole_channels()
         found += self._share_of_4_bits()
         if self.algorithm == "k_quant":
@@ -157,13 +159,15 @@ class Scheme(Frozen):
             found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found
 
-    def _tower(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        if self.vision == "float":
-            return
-        if not self.block_wise:
-            yield ("vision",), f"algorithm {self.algorithm} leaves the vision tower in float"
-        elif self.vision.block_size == -1:
-            yield ("vision", "block_size"), "the vision tower is quantized in blocks: give a block size"
+    def _towers(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        for key in ("vision", "audio"):
+            scheme = getattr(self, key)
+            if scheme == "float":
+                continue
+            if not self.block_wise:
+                yield (key,), f"algorithm {self.algorithm} leaves the {key} tower in float"
+            elif scheme.block_size == -1:
+                yield (key, "block_size"), f"the {key} tower is quantized in blocks: give a block size"
 
     def _share_of_4_bits(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """NNCF's ``ratio``, which Olive looks at only when the pass runs."""

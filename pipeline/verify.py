@@ -69,6 +69,7 @@ _CONFIG: dict[str, Any] = {
             "patch_size": int,
             "tokens_per_second": (int, float),
         },
+        "speech": _BESIDE,
         "image_token_id": int,
         "video_token_id": int,
         "vision_start_token_id": int,
@@ -227,7 +228,9 @@ def check_config(package: Path) -> None:
         decoder = model.get("decoder")
         windowed = isinstance(decoder, dict) and "sliding_window" in decoder
         needed = (*_NEEDED, "pad_token_id") if windowed else _NEEDED
-        if "vision" in model:
+        if "speech" in model:
+            needed = (*needed, "pad_token_id", "embedding", "vision")
+        elif "vision" in model:
             # Without these the runtime computes something else, and says nothing.
             needed = (*needed, "pad_token_id", "embedding", "image_token_id", "vision_start_token_id")
             problems += _processor_problems(package)
@@ -426,15 +429,15 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
 
     try:
         entries = transcript.read(package / GOLDEN)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{GOLDEN} cannot be read", where=str(package / GOLDEN), why=str(error)) from None
     opened = session.open_package(package, provider=provider)
     try:
         for entry in entries:
             for image in entry.get("images", ()):
                 images.check(base64.b64decode(image), GOLDEN)
-            prepared = transcript.pictures_of(opened.model, entry)
-            generate.check_answer(opened, entry["prompt"], entry["tokens"], prepared)
+            media = transcript.media_of(opened.model, entry)
+            generate.check_answer(opened, entry["prompt"], entry["tokens"], media)
         for name in sorted({entry["adapter"] for entry in entries if "adapter" in entry}):
             adapters.activate(opened, adapters.find(package, name))
     except (UsageError, RuntimeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,13 +150,6 @@ def _size(value: Any) -> bool:
 def _indexes(value: Any) -> bool:
     whole = isinstance(value, list) and all(type(index) is int and index >= 0 for index in value)
     return whole and sorted(set(value)) == value
-
-
-def prefixes(names: Collection[str]) -> tuple[str, str]:
-    """What precedes the names of the decoder's weights and of the tower's: two layouts have been published."""
-    if any(name.startswith("model.language_model.") for name in names):
-        return "model.language_model", "model.visual"
-    return "model", "visual"
 
 
 def expected(vision: Vision) -> Iterator[tuple[str, tuple[int, ...]]]:

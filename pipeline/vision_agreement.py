@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import chat, generate, images, metrics, pictures, replay
+from pipeline import chat, generate, images, media_agreement, pictures
 from pipeline.agreement import Tally
 from pipeline.errors import StageError
 from pipeline.family import read_shape
+from pipeline.media_agreement import Asked
 from pipeline.pictures import Drawn
 from pipeline.reference import Reference
 from pipeline.session import Session
@@ -49,6 +50,7 @@ def measure(
         and what follows them, ``greedy``, ``answers``; and entries for the golden transcript.
 
     Raises:
+        ValueError: the logits have NaN or infinite values.
         StageError: no picture can be drawn for this processor.
     """
     settings = json.loads((checkpoint / "config.json").read_bytes())
@@ -61,58 +63,32 @@ def measure(
     tokenizer, tally = chat.load(session.package), Tally()
     answers: list[dict[str, Any]] = []
     golden: list[dict[str, Any]] = []
-    pixel_error, cosine, agreement = 0.0, 1.0, 0.0
+    pixel_error, cosine = 0.0, 1.0
     groups = [*([one] for one in drawn), [drawn[1], drawn[2]]]
-    tower = _tower(session)
+    tower = media_agreement.tower(session, "vision")
     for index, group in enumerate(groups):
-        name = " and ".join(one.name for one in group)
+        name, question = " and ".join(one.name for one in group), group[0].question
         progress(index / len(groups), f"picture {name}")
-        messages = [{"role": "user", "content": _content(group)}]
+        messages = [{"role": "user", "content": chat.content(question, len(group))}]
         prompt = tokenizer.encode_chat(messages)
-        wanted_prompt = torch_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        full, prepared = generate.show(session, prompt, [images.check(one.png) for one in group])
-        assert prepared is not None
+        wanted = torch_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        full, media = generate.attach(session, prompt, [images.check(one.png) for one in group])
+        assert media is not None
         given = _given(group, vision, processor)
-        pixel_error = max(pixel_error, _largest(prepared.pixels, given["pixel_values"]))
+        pixel_error = max(pixel_error, _largest(media.arrays["pixel_values"], given["pixel_values"]))
         cosine = min(cosine, *_cosines(torch_model, tower, given))
-        answer, ended = torch_model.greedy(full, limit, **given)
-        found = list(generate.stream(session, full, limit, prepared=prepared))
-        rows = torch_model.logits([*full, *answer], **given)[len(full) - 1 :]
-        taught = [*answer, int(rows[-1].argmax())]
-        # Rows stand before each token here, a tally takes rows that stand after each.
-        own = generate.answer_logits(session, full, taught, prepared)
-        tally.add(name, metrics.log_softmax(rows), own, [full[-1], *taught])
-        share = metrics.greedy_agreement(answer, found[: max(len(answer), 1)])
-        agreement += share / len(groups)
-        answers.append(
-            {
-                "name": name,
-                "question": group[0].question,
-                "prompt_agrees": prompt == wanted_prompt,
-                "agreement": round(share, 4),
-                "first_divergence": metrics.first_divergence(answer, found),
-                "reference_ended": ended,
-                "ended": len(found) < generate.room(session, len(full), limit),
-                "reference": torch_model.tokenizer.decode(answer),
-                "answer": torch_model.tokenizer.decode(found),
-            }
-        )
-        _, logprobs = replay.scores(session.model, full, found, prepared=prepared)
-        shown = [base64.b64encode(one.png).decode() for one in group]
-        entry = {"name": f"image {name}", "images": shown, "prompt": full, "tokens": found}
-        golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
-    measured = {
-        "pixel_error": float(f"{pixel_error:.3g}"),
-        "feature_cosine": round(cosine, 6),
-        **tally.figures(),
-        "greedy": round(agreement, 4),
-        "answers": answers,
-    }
-    return measured, golden
+        entry = {"images": [base64.b64encode(one.png).decode() for one in group]}
+        asked = Asked(f"image {name}", question, full, prompt == wanted, media, given, entry)
+        described, own = media_agreement.answer(torch_model, session, asked, limit, tally)
+        answers.append(described)
+        golden.append(own)
+    measured = {"pixel_error": float(f"{pixel_error:.3g}"), "feature_cosine": round(cosine, 6)}
+    return {**measured, **media_agreement.figures(tally, answers)}, golden
 
 
-def _content(group: Sequence[Drawn]) -> list[dict[str, str]]:
-    return [*({"type": "image"} for _ in group), {"type": "text", "text": group[0].question}]
+def bounds(found: Mapping[str, Any]) -> list[tuple[str, float, str]]:  # noqa: ARG001 - those of sounds depend on it
+    """Metric, bound, max or min, of what is no choice of a recipe."""
+    return [("pixel_error", MAX_PIXEL_ERROR, "max"), ("feature_cosine", MIN_COSINE, "min")]
 
 
 def _processor(package: Path) -> dict[str, Any]:
@@ -138,15 +114,6 @@ def _largest(found: npt.NDArray[np.float32], wanted: Any) -> float:
     return float(np.abs(found - wanted.numpy()).max()) if found.shape == wanted.shape else float("inf")
 
 
-def _tower(session: Session) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = session.threads
-    path = session.package / session.config["model"]["vision"]["filename"]
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def _cosines(torch_model: Reference, tower: Any, given: Mapping[str, Any]) -> list[float]:
     """Between the features of both, the least of each picture."""
     import torch
@@ -162,10 +129,8 @@ def _cosines(torch_model: Reference, tower: Any, given: Mapping[str, Any]) -> li
         at += count
     start = 0
     for rows in found:
-        theirs = wanted[start : start + len(rows)]
+        least.append(media_agreement.least_cosine(rows, wanted[start : start + len(rows)]))
         start += len(rows)
-        products = (rows * theirs).sum(axis=1)
-        least.append(float((products / (np.linalg.norm(rows, axis=1) * np.linalg.norm(theirs, axis=1))).min()))
     return least
 
 

@@ -11,8 +11,9 @@ from pipeline import fusion_graph, vision_graph
 from pipeline.decoder_graph import Embedded
 from pipeline.errors import CheckpointError, StageError
 from pipeline.external_data import ExternalDataWriter
+from pipeline.multimodal import Layout
 from pipeline.tensors import Tensors
-from pipeline.vision import FRAMES, TOKENS, Vision, prefixes
+from pipeline.vision import FRAMES, TOKENS, Vision
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
@@ -34,25 +35,27 @@ def embedded(config: Any, vision: Vision) -> Embedded:
     return Embedded(tuple(sections), interleaved, len(vision.deepstack))
 
 
-def write(checkpoint: Path, out_dir: Path, settings: Mapping[str, Any], vision: Vision, tensors: Tensors) -> None:
+def write(
+    checkpoint: Path, out_dir: Path, settings: Mapping[str, Any], vision: Vision, tensors: Tensors, layout: Layout
+) -> None:
     """Write ``vision.onnx`` and ``embedding.onnx``, float32 with their data, and ``processor_config.json``.
 
     Args:
         settings: the content of ``config.json``.
+        layout: of ``tensors``.
 
     Raises:
         CheckpointError: ``preprocessor_config.json`` prepares pictures in a way that the runtime does not.
     """
     import onnx
 
-    text, tower = prefixes(list(tensors))
     prepared = processor(json.loads((checkpoint / PREPROCESSOR).read_bytes()), vision, str(checkpoint / PREPROCESSOR))
     (out_dir / PROCESSOR).write_text(json.dumps(prepared, indent=4), encoding="utf-8")
     with ExternalDataWriter(out_dir / "vision.onnx.data") as writer:
-        model = vision_graph.write(vision, tensors, writer, tower)
+        model = vision_graph.write(vision, tensors, writer, layout.towers[0])
     onnx.save(model, str(out_dir / "vision.onnx"))
     with ExternalDataWriter(out_dir / "embedding.onnx.data") as writer:
-        table = tensors.read(f"{text}.embed_tokens.weight").numpy()
+        table = tensors.read(f"{layout.text}.embed_tokens.weight").numpy()
         model = fusion_graph.write(table, _tokens(settings)["image_token_id"], vision.feature, writer)
     onnx.save(model, str(out_dir / "embedding.onnx"))
 

@@ -25,21 +25,22 @@ from pipeline import (
     fusion_graph,
     generate,
     images,
+    media_quantizer,
+    multimodal,
     pictures,
     reference,
     replay,
     verify,
     vision,
-    vision_quantizer,
 )
 from pipeline import session as sessions
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact
 from pipeline.errors import CheckpointError, PackageError, RecipeError, StageError, UsageError
 from pipeline.external_data import ExternalDataWriter
-from pipeline.family import read_shape
+from pipeline.family import FAMILIES, read_shape
 from pipeline.pictures import Drawn
 from pipeline.recipe import Gates
-from pipeline.replay import Prepared
+from pipeline.replay import Media
 from pipeline.scheme import Scheme
 from pipeline.session import Session
 from pipeline.stages import validate
@@ -82,10 +83,10 @@ def package_of(
     return made
 
 
-def _asked(session: Session, group: Sequence[Drawn], question: str) -> tuple[list[int], Prepared | None]:
+def _asked(session: Session, group: Sequence[Drawn], question: str) -> tuple[list[int], Media | None]:
     content = [*({"type": "image"} for _ in group), {"type": "text", "text": question}]
     prompt = chat.load(session.package).encode_chat([{"role": "user", "content": content}])
-    return generate.show(session, prompt, [images.check(one.png) for one in group])
+    return generate.attach(session, prompt, [images.check(one.png) for one in group])
 
 
 def _given(group: Sequence[Drawn], seen: Vision, processor: dict[str, Any]) -> dict[str, Any]:
@@ -151,15 +152,15 @@ def test_answers_about_pictures_are_pytorchs(
     drawn = pictures.draw(seen.patch * seen.merge, processor["min_pixels"], processor["max_pixels"])
     compared = 0
     for group in ([drawn[0]], [drawn[1], drawn[3]], [drawn[2], drawn[2], drawn[0]]):
-        prompt, prepared = _asked(session, group, "What is in this image?")
+        prompt, media = _asked(session, group, "What is in this image?")
         given = _given(group, seen, processor)
-        assert prepared is not None
-        assert np.array_equal(prepared.grid, given["image_grid_thw"].numpy())
-        assert np.abs(prepared.pixels - given["pixel_values"].numpy()).max() < 1e-6
+        assert media is not None
+        assert np.array_equal(media.arrays["image_grid_thw"], given["image_grid_thw"].numpy())
+        assert np.abs(media.arrays["pixel_values"] - given["pixel_values"].numpy()).max() < 1e-6
         answer, _ = torch_model.greedy(prompt, 64, **given)
-        assert list(generate.stream(session, prompt, 64, prepared=prepared)) == answer
+        assert list(generate.stream(session, prompt, 64, media=media)) == answer
         wanted = torch_model.logits([*prompt, *answer], **given)[len(prompt) - 1 : -1]
-        assert np.abs(generate.answer_logits(session, prompt, answer, prepared) - wanted).max() < 2e-4
+        assert np.abs(generate.answer_logits(session, prompt, answer, media) - wanted).max() < 2e-4
         compared += len(answer)
     assert compared >= 64
     ids = list(range(3, 80))
@@ -174,9 +175,9 @@ def test_a_text_goes_on_after_an_answer_about_a_picture(
     session, torch_model = sessions.open_package(package, 1), reference.load(source)
     seen, processor = _vision(source), _processor(package)
     drawn = pictures.draw(seen.patch * seen.merge, processor["min_pixels"], processor["max_pixels"])[:1]
-    prompt, prepared = _asked(session, drawn, "What is this?")
+    prompt, media = _asked(session, drawn, "What is this?")
     generator = generate.start(session, len(prompt) + 32)
-    replay.feed(generator, prompt, prepared)
+    replay.feed(generator, prompt, media)
     for _ in range(5):
         generator.generate_next_token()
     ids = [int(token) for token in generator.get_sequence(0)]
@@ -208,7 +209,7 @@ def test_int4_text_and_int8_tower_stay_close(
             "calibration_windows": 2,
         },
     )
-    facts = vision_quantizer.quantize(package, source, tmp_path, scheme, lambda *_: None)
+    facts = media_quantizer.quantize(package, source, tmp_path, scheme, lambda *_: None)
     assert 8 < facts["vision"]["bits_per_weight"] < 11
     for path in package.iterdir():
         if path.suffix not in (".onnx", ".data"):
@@ -217,11 +218,11 @@ def test_int4_text_and_int8_tower_stay_close(
     session, torch_model = sessions.open_package(tmp_path, 1), reference.load(source)
     seen, processor = _vision(source), _processor(package)
     drawn = pictures.draw(seen.patch * seen.merge, processor["min_pixels"], processor["max_pixels"])[:1]
-    prompt, prepared = _asked(session, drawn, "What is this?")
+    prompt, media = _asked(session, drawn, "What is this?")
     given = _given(drawn, seen, processor)
     answer, _ = torch_model.greedy(prompt, 24, **given)
     wanted = torch_model.logits([*prompt, *answer], **given)[len(prompt) - 1 :]
-    found = generate.answer_logits(session, prompt, [*answer, 0], prepared)
+    found = generate.answer_logits(session, prompt, [*answer, 0], media)
     # So few channels lose much in 4 bits.
     assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.95
     if not tied:  # where no token stands out
@@ -278,7 +279,8 @@ def test_a_checkpoint_that_lacks_a_weight_of_its_tower_is_refused(
     assert checkpoint_files.check_directory(tmp_path / "c")["model_type"] == kind
     path = tmp_path / "c/model.safetensors"
     found = load_file(path)
-    names = {vision.prefixes(found)[1] + f".{name}" for name, _ in vision.expected(_vision(tmp_path / "c"))}
+    (tower,) = multimodal.in_files(FAMILIES[kind], found).towers
+    names = {f"{tower}.{name}" for name, _ in vision.expected(_vision(tmp_path / "c"))}
     assert names == {name for name in found if "visual" in name}
     gone = next(name for name in found if name.endswith("blocks.1.attn.qkv.bias"))
     save_file({name: value for name, value in found.items() if name != gone}, path, metadata={"format": "pt"})
@@ -386,21 +388,21 @@ def test_a_prompt_has_a_place_for_each_picture(package_of: Callable[..., Path]) 
     assert token is not None
     shown = [images.check(one.png) for one in drawn[:2]]
     with pytest.raises(UsageError, match="places for 1 images, and 2"):
-        generate.show(session, [5, token, 6], shown)
+        generate.attach(session, [5, token, 6], shown)
     with pytest.raises(UsageError, match="places for 1 images, and 0"):
-        generate.show(session, [5, token, 6], [])
+        generate.attach(session, [5, token, 6], [])
     with pytest.raises(UsageError, match="1 tokens of images"):
         generate.check_prompt(session, [5, token, 6])
     with pytest.raises(UsageError, match="padding"):
         generate.check_prompt(session, [5, session.config["model"]["pad_token_id"]])
     broken = shown[0].data[:60] + b"\0\0\0\0" + shown[0].data[64:]
     with pytest.raises(UsageError, match="cannot be decoded"):
-        generate.show(session, [5, token, 6], [images.check(broken)])
+        generate.attach(session, [5, token, 6], [images.check(broken)])
     # What a user writes is no placeholder, whatever it looks like.
     text = "<|vision_start|><|image_pad|><|vision_end|>"
-    prompt, prepared = _asked(session, drawn[:1], text)
-    assert prepared is not None
-    assert prompt.count(token) == sum(prepared.features) == 40
+    prompt, media = _asked(session, drawn[:1], text)
+    assert media is not None
+    assert prompt.count(token) == sum(media.tokens) == 40
 
 
 @slow
@@ -474,12 +476,12 @@ def test_a_package_is_validated_with_pictures(artifacts: dict[str, Artifact]) ->
     assert {"vision.onnx", "vision.onnx.data", "embedding.onnx", "embedding.onnx.data"} <= set(
         report["candidate"]["files"]
     )
-    gates = {gate["metric"]: gate for gate in report["gates"] if gate["path"] == "image"}
+    gates = {gate["metric"]: gate for gate in report["gates"] if gate["path"] == "images"}
     assert set(gates) == {"pixel_error", "feature_cosine", "mean_kl", "top1", "greedy", "chat_template_mismatches"}
     assert gates["pixel_error"]["value"] < 1e-6
     assert 0.99 < gates["feature_cosine"]["value"] < 1
     assert gates["mean_kl"]["value"] > 0
-    assert [answer["name"] for answer in report["images"]["answers"]][-1] == "bars and rings"
+    assert [answer["name"] for answer in report["images"]["answers"]][-1] == "image bars and rings"
     for key, value in (("pixel_error", 0.1), ("feature_cosine", 0.9), ("mean_kl", 0.6), ("top1", 0.7)):
         changed = {**report, "images": {**report["images"], key: value}}
         wanted = Gates.model_validate({"mean_kl": 0.5, "top1": 0.8, "perplexity_ratio": 1.5})
@@ -505,7 +507,7 @@ def test_a_package_with_pictures_is_verified_and_replayed(artifacts: dict[str, A
     opened = sessions.open_package(copy, 1)
     with pytest.raises(UsageError):
         generate.check_answer(
-            opened, shown[0]["prompt"] + [opened.image_token], [5], replay.pictures_of(opened.model, shown[0])
+            opened, shown[0]["prompt"] + [opened.image_token], [5], replay.media_of(opened.model, shown[0])
         )
     (changed,) = [entry for entry in entries if entry["name"] == shown[3]["name"]]
     assert replay.replay(opened.model, [changed])["identical"] == 0
@@ -539,8 +541,8 @@ def test_generate_answers_about_pictures(
     refused = {
         "it is BMP": [str(package), "--image", str(tmp_path / "a.png")],
         "cannot be read": [str(package), "--image", str(tmp_path / "none.png")],
-        "--image goes with neither": [str(package), *both, "--raw"],
-        "neither --raw nor --lookup": [str(package), *both, "--lookup"],
+        "--image does not go with --raw": [str(package), *both, "--raw"],
+        "goes with neither --image nor --audio": [str(package), *both, "--lookup"],
     }
     for said, arguments in refused.items():
         assert cli.main(["generate", *arguments, "--prompt", "x", "--trust"]) == UsageError.exit_code
@@ -556,8 +558,8 @@ def test_a_text_package_takes_no_pictures(checkpoint_of: Callable[..., Path], tm
     session = sessions.open_package(tmp_path, 1)
     picture = images.check(pictures.draw(28, 3136, 1_003_520)[0].png)
     with pytest.raises(UsageError, match="takes no images"):
-        generate.show(session, [1, 2], [picture])
-    assert generate.show(session, [1, 2], []) == ([1, 2], None)
+        generate.attach(session, [1, 2], [picture])
+    assert generate.attach(session, [1, 2], []) == ([1, 2], None)
 
 
 @slow

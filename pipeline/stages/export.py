@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import (
+    audio_tower,
     checkpoint_files,
     decoder_graph,
     exporter,
@@ -40,6 +41,7 @@ SIDECARS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    audio_tower.PREPROCESSOR,
 )
 
 
@@ -102,7 +104,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 
 
 def _check_exporter(name: str, family: Family) -> None:
-    text = () if family.sees else ("static", "openvino")
+    text = () if family.multimodal else ("static", "openvino")
     if name not in (*family.exporters, *text):
         raise StageError(
             f"{name} cannot export {family.title}", where="export.exporter", fix=f"use {' or '.join(family.exporters)}"
@@ -113,15 +115,15 @@ def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Pro
     """A graph of our own, written a weight at a time."""
     import onnx
 
-    sees = checkpoint_files.family_of(source).sees
-    if sees and spec.rotate:
-        raise StageError("a model that sees cannot be rotated", where="export.rotate", fix="remove `rotate`")
+    family = checkpoint_files.family_of(source)
+    if family.multimodal and spec.rotate:
+        raise StageError("a model that sees or hears cannot be rotated", where="export.rotate", fix="remove `rotate`")
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
     progress(0.3, "writing weights")
     model = exporter.export_native(given, out_dir, dtype)
     if spec.last_token_head:
         # Drafts come from a text's own words, and the runtime verifies none against a picture.
-        graph.prune_head(model, 1 if sees else 1 + (spec.draft_tokens or 0))
+        graph.prune_head(model, 1 if family.sees else 1 + (spec.draft_tokens or 0))
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)

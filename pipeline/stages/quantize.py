@@ -6,7 +6,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import calibration, checkpoint_files, olive, openvino, quantizer, static_quantizer, vision_quantizer
+from pipeline import (
+    calibration,
+    checkpoint_files,
+    media_quantizer,
+    olive,
+    openvino,
+    quantizer,
+    static_quantizer,
+)
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.retrieval_config import CONFIG
@@ -35,8 +43,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     elif scheme.algorithm == "nncf":
         progress(0.1, "Olive with NNCF, in its own environment")
         facts = openvino.compress(source, out_dir, scheme)
-    elif checkpoint_files.family_of(checkpoint).sees:
-        facts = vision_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
+    elif checkpoint_files.family_of(checkpoint).multimodal:
+        facts = media_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
     else:
         facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate, task.roles)
     for path in sorted(source.iterdir()):

@@ -1,4 +1,4 @@
-"""Quantizing a model that sees: its decoder as any other, and the two graphs beside it."""
+"""Quantizing a model that sees or hears: its decoder as any other, and the graphs beside it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from pipeline.scheme import Scheme, WeightScheme
 if TYPE_CHECKING:
     from pipeline.artifact import Progress
 
-_EMBEDDING, _VISION = "embedding.onnx", "vision.onnx"
+EMBEDDING = "embedding.onnx"
+TOWERS = {"vision": "vision.onnx", "audio": "speech.onnx"}
+"""The graph of each tower, by the key of its scheme."""
 
 
 def quantize(source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, progress: Progress) -> dict[str, Any]:
-    """Quantize ``model.onnx``, ``embedding.onnx`` and ``vision.onnx`` of ``source`` into ``out_dir``.
+    """Quantize ``model.onnx``, ``embedding.onnx`` and the tower of ``source`` into ``out_dir``.
 
-    A shared embedding gathers from the head in ``model.onnx.data``. Of the vision tower only products are quantized.
+    A shared embedding gathers from the head in ``model.onnx.data``. Of the tower only products are quantized.
 
     Returns:
-        facts of `quantizer.quantize`, of the decoder and its embedding, and ``vision``: bits per weight and the mean
-        relative error of the tower's products.
+        facts of `quantizer.quantize`, of the decoder and its embedding, and under the tower's key (`TOWERS`): bits per
+        weight and the mean relative error of its products.
 
     Raises:
         RecipeError, StageError: as `quantizer.quantize`.
     """
-    model = graph.load(source / _EMBEDDING)
+    model = graph.load(source / EMBEDDING)
     (embedding,) = graph.weights(model)
     head = next((weight for weight in graph.weights(graph.load(source / "model.onnx")) if weight.role == "head"), None)
     facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, outside=[embedding])
@@ -40,19 +42,24 @@ def quantize(source: Path, checkpoint: Path, out_dir: Path, scheme: Scheme, prog
         if head is None:
             raise StageError("the embedding cannot share the head's weight", why="the decoder has no head")
         graph_weights.share_across(model, embedding, graph.load(out_dir / "model.onnx"), head)
-        onnx.save(model, str(out_dir / _EMBEDDING))
+        onnx.save(model, str(out_dir / EMBEDDING))
     else:
-        _write(source, out_dir, _EMBEDDING, {embedding.path: given} if given else {}, scheme)
-    progress(0.95, "the vision tower")
-    tower = scheme.vision if isinstance(scheme.vision, WeightScheme) else None
-    products = [weight for weight in graph.weights(graph.load(source / _VISION)) if weight.role == "body"]
-    errors = _write(source, out_dir, _VISION, {weight.path: tower for weight in products} if tower else {}, scheme)
-    seen = graph.load(out_dir / _VISION)
+        _write(source, out_dir, EMBEDDING, {embedding.path: given} if given else {}, scheme)
+    kind = next(key for key in reversed(TOWERS) if (source / TOWERS[key]).is_file())
+    progress(0.95, f"the {kind} tower")
+    asked, file = getattr(scheme, kind), TOWERS[kind]
+    tower = asked if isinstance(asked, WeightScheme) else None
+    products = [weight for weight in graph.weights(graph.load(source / file)) if weight.role == "body"]
+    errors = _write(source, out_dir, file, {weight.path: tower for weight in products} if tower else {}, scheme)
+    made = graph.load(out_dir / file)
+    for path in source.glob("*.onnx"):
+        if not (out_dir / path.name).exists():  # one without weights
+            shutil.copyfile(path, out_dir / path.name)
     found = {
-        "bits_per_weight": round(stored_bits(seen, out_dir) / sum(weight.size for weight in products), 3),
+        "bits_per_weight": round(stored_bits(made, out_dir) / sum(weight.size for weight in products), 3),
         "relative_error": round(sum(errors.values()) / len(errors), 6) if errors else None,
     }
-    return {**facts, "vision": found}
+    return {**facts, kind: found}
 
 
 def _write(
