@@ -130,8 +130,8 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
     tensors = Tensors(checkpoint)
     settings, generation = _settings(checkpoint)
-    shape = read_shape(settings, "config.json")
-    vision = read_vision(settings, shape, "config.json") if FAMILIES[shape.model_type].sees else None
+    sees = FAMILIES[settings["model_type"]].sees
+    vision = read_vision(settings, read_shape(settings, "config.json"), "config.json") if sees else None
     if vision and dtype != "float32":
         raise StageError("models that see are exported in float32", why=f"{dtype} was asked for")
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
