@@ -131,10 +131,9 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str) -> onnx.ModelProt
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
     tensors = Tensors(checkpoint)
     settings, generation = _settings(checkpoint)
-    shape = read_shape(settings, "config.json")
-    family = FAMILIES[shape.model_type]
+    family = FAMILIES[settings["model_type"]]
     layout = multimodal.in_files(family, list(tensors))
-    vision = read_vision(settings, shape, "config.json") if family.sees else None
+    vision = read_vision(settings, read_shape(settings, "config.json"), "config.json") if family.sees else None
     tower = audio_tower.read(settings, "config.json") if family.hears else None
     if family.multimodal and dtype != "float32":
         raise StageError("models that see or hear are exported in float32", why=f"{dtype} was asked for")
