@@ -251,12 +251,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def media_of(model: Any, entry: Mapping[str, Any]) -> Prepared | Arrays | None:
-    """The pictures that an entry of a transcript shows, or its sounds."""
-    if sounds := unpack(entry.get("sounds", {})):
-        return sounds
+def pictures_of(model: Any, entry: Mapping[str, Any]) -> Prepared | None:
+    """The pictures that an entry of a transcript shows."""
     encoded = [base64.b64decode(image) for image in entry.get("images", ())]
     return prepare(model, encoded) if encoded else None
+
+
+def media_of(model: Any, entry: Mapping[str, Any]) -> Prepared | Arrays | None:
+    """The pictures that an entry of a transcript shows, or the sounds that it lets be heard."""
+    return unpack(entry.get("sounds", {})) or pictures_of(model, entry)
 
 
 def scores(
