@@ -484,6 +484,7 @@ quantize:
   head: {SCHEME}
   embedding: {SCHEME}
   vision: {SCHEME}
+  audio: float
   overrides: [{{match: "*.v_proj", scheme: {SCHEME}}}]
   exclude: ["*.q_proj"]
   calibration_windows: 8
