@@ -26,6 +26,7 @@ from pipeline import (
     generate,
     images,
     media_quantizer,
+    models,
     multimodal,
     pictures,
     reference,
@@ -287,6 +288,14 @@ def test_a_checkpoint_that_lacks_a_weight_of_its_tower_is_refused(
     with pytest.raises(CheckpointError) as refused:
         checkpoint_files.check_directory(tmp_path / "c")
     assert f"{gone} is missing" in refused.value.why
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct"])
+def test_the_sizes_of_towers_are_those_of_the_catalogue(name: str) -> None:
+    model = models.MODELS[name]
+    hidden = {"qwen2_vl": "hidden_size"}.get(model.family, "out_hidden_size")
+    config = {"vision_config": {hidden: model.shape.hidden}}  # all else is transformers' default
+    assert multimodal.tower(config, model.shape, "config.json") == model.tower
 
 
 def _config(**changes: Any) -> dict[str, Any]:
