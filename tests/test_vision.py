@@ -293,9 +293,9 @@ def test_a_checkpoint_that_lacks_a_weight_of_its_tower_is_refused(
 @pytest.mark.parametrize("name", ["Qwen2-VL-7B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3-VL-8B-Instruct"])
 def test_the_sizes_of_towers_are_those_of_the_catalogue(name: str) -> None:
     model = models.MODELS[name]
-    hidden = {"qwen2_vl": "hidden_size"}.get(model.family, "out_hidden_size")
-    config = {"vision_config": {hidden: model.shape.hidden}}  # all else is transformers' default
-    assert multimodal.tower(config, model.shape, "config.json") == model.tower
+    width = {"qwen2_5_vl": {"hidden_size": 1280}}.get(model.family, {})  # all else is transformers' default
+    out = {"hidden_size" if model.family == "qwen2_vl" else "out_hidden_size": model.shape.hidden}
+    assert multimodal.tower({"vision_config": {**width, **out}}, model.shape, "config.json") == model.tower
 
 
 def _config(**changes: Any) -> dict[str, Any]:
