@@ -8,13 +8,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import adapters, generate, session, speculation
 from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.generate import Sampling
+from pipeline.images import Picture
 from pipeline.thinking import CLOSE, CLOSING, OPEN, VARIABLE, Budget, Parts, Splitter, is_open
+
+if TYPE_CHECKING:
+    from pipeline.generate import Floats
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Settings:
         budget: tokens after which thoughts are ended.
         as_json: one object a token, and one at the end.
         adapter: file of a LoRA adapter.
+        pictures, clips: what the prompt is about, of a model that sees or hears (`generate.attach`).
     """
 
     limit: int
@@ -39,6 +44,8 @@ class Settings:
     budget: int | None = None
     as_json: bool = False
     adapter: Path | None = None
+    pictures: tuple[Picture, ...] = ()
+    clips: tuple[Floats, ...] = ()
 
 
 def thinking_variables(tokenizer: Tokenizer, wanted: bool | None) -> dict[str, Any]:
@@ -75,11 +82,12 @@ def stream(folder: Path, tokenizer: Tokenizer, prompt: Sequence[int], settings: 
     opened = session.open_package(folder, settings.threads, settings.provider)
     if settings.adapter:
         opened = adapters.activate(opened, settings.adapter)
+    prompt, media = generate.attach(opened, prompt, settings.pictures, settings.clips)
     counts = speculation.Counts()
     if settings.lookup:
         tokens = speculation.stream(opened, prompt, settings.limit, settings.sampling, counts)
     else:
-        tokens = generate.stream(opened, prompt, settings.limit, settings.sampling, budget)
+        tokens = generate.stream(opened, prompt, settings.limit, settings.sampling, budget, media)
     text = generate.TextStream(tokenizer)
     shown = (_Objects if settings.as_json else _Text)(Splitter(inside) if settings.split else None)
     begin = time.perf_counter()

@@ -17,6 +17,7 @@ from pipeline import blockwise, decoder, generate, graph, metrics, peers, refere
 from pipeline.artifact import VALIDATION
 from pipeline.errors import StageError, UsageError
 from pipeline.external_data import read_tensor
+from pipeline.media_quantizer import EMBEDDING, TOWERS
 from pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -40,14 +41,20 @@ def attribute(package: Path, store: Store, progress: Progress) -> dict[str, Any]
         UsageError: the store has not the checkpoint, or the package has no such weights.
         StageError: the evaluation text is too short for the tokenizer.
     """
-    model = graph.load(package / "model.onnx")
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    if (package / TOWERS["vision"]).is_file() and not (package / TOWERS["audio"]).is_file():
+        raise UsageError(
+            f"the losses of {package} cannot be told apart", why="that is done for models of text alone, and it sees"
+        )
+    # The decoder's, and an embedding's that has a graph of its own.
+    models = [graph.load(package / name) for name in ("model.onnx", EMBEDDING) if (package / name).is_file()]
+    initializers = {tensor.name: tensor for model in models for tensor in model.graph.initializer}
     nodes = {
         graph.path_of(node, node.input[0]): node
+        for model in models
         for node in model.graph.node
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
     }
-    if any(node.op_type in ("MoE", "QMoE") for node in model.graph.node):
+    if any(node.op_type in ("MoE", "QMoE") for model in models for node in model.graph.node):
         raise UsageError(
             f"the losses of {package} are not told apart",
             why="its experts are one operator, and not measured one by one",

@@ -138,11 +138,10 @@ def write_reference(checkpoint: Path, count: int, length: int, out: Path) -> Non
 
     The arrays are ``[length, vocabulary]`` float32, from the whole window at once, as validation takes them.
     """
-    from pipeline import metrics, reference
-    from pipeline.stages import validate
+    from pipeline import metrics, reference, text_agreement
 
     model = reference.load(checkpoint)
-    windows = validate.cut(model.tokenizer, count, length)
+    windows = text_agreement.cut(model.tokenizer, count, length)
     for index, window in enumerate(windows):
         np.save(out / f"{index}.npy", metrics.log_softmax(model.logits(window.ids)))
     rows = [{"domain": window.domain, "ids": window.ids} for window in windows]

@@ -226,8 +226,8 @@ def _windows(checkpoint: Path, count: int) -> torch.Tensor:
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    context = AutoConfig.from_pretrained(checkpoint, local_files_only=True).max_position_embeddings
-    return _read(tokenizer, count, min(WINDOW_TOKENS, context))
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
+    return _read(tokenizer, count, min(WINDOW_TOKENS, config.max_position_embeddings))
 
 
 def _read(tokenizer: Any, count: int, length: int = WINDOW_TOKENS) -> torch.Tensor:

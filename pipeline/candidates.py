@@ -144,6 +144,7 @@ class _Trial:
 
 def _measure(loaded: Loaded, made: Mapping[str, Artifact], progress: Progress) -> Candidates:
     from pipeline import calibration, graph, kernel_time, reference
+    from pipeline.media_quantizer import EMBEDDING, TOWERS
 
     scheme, folder, checkpoint = loaded.recipe.quantize, made["export"].path, made["checkpoint"].path
     model = graph.load(folder / "model.onnx")
@@ -169,7 +170,12 @@ def _measure(loaded: Loaded, made: Mapping[str, Artifact], progress: Progress) -
         ]
         for weight in weights
     }
-    return Candidates(options, _fixed(model, scheme))
+    fixed = _fixed(model, scheme) + sum(
+        path.stat().st_size for name in TOWERS.values() for path in folder.glob(f"{name}.data")
+    )
+    if (folder / EMBEDDING).is_file():
+        fixed += _fixed(graph.load(folder / EMBEDDING), scheme)
+    return Candidates(options, fixed)
 
 
 def _trials(

@@ -33,6 +33,7 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
     executed = f"{target['validated_on']} ({target['validated_device']})"
     if own := elsewhere(target["provider"], target["validated_on"], target["not_validated_on_target"]):
         executed += f", **not on {own}**: run `replay.py` on the device"
+    sees = "images" in validation
     plugin = ""
     if found := PLUGINS.get(target["option"]):
         name, module = found
@@ -41,7 +42,7 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
 base_model: {source["base_model"]}
 license: {source["license"].lower()}
 library_name: onnxruntime-genai
-pipeline_tag: text-generation
+pipeline_tag: {"image-text-to-text" if sees else "audio-text-to-text" if "audio" in validation else "text-generation"}
 tags: [onnx, onnxruntime-genai, qwen]
 language:{languages or " []"}
 ---
@@ -99,7 +100,7 @@ KL divergence is in nats a token.
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
 difference. `report.html` shows every figure, gate and answer, and `validation.json` has them for programs.
 
-{_adapters(manifest, validation)}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
+{_pictures(validation["images"]) if sees else ""}{_audio(validation)}{_adapters(manifest, validation)}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
 
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
@@ -142,6 +143,25 @@ def _thinking(validation: Mapping[str, Any]) -> str:
     return """The model thinks before it answers, between `<think>` and `</think>`, unless its chat template is told not to (`enable_thinking`),
 which the runtime's own renderer cannot do: render `chat_template.jinja` yourself, or use `qwen-onnx generate --no-thinking`. It shows
 thoughts apart from the answer, and `--thinking-budget N` ends them after N tokens. Leave thoughts out of earlier turns.
+
+"""
+
+
+def _pictures(found: Mapping[str, Any]) -> str:
+    """What is particular to models that see."""
+    return f"""## Pictures
+
+    qwen-onnx generate DIR --image photo.png --prompt "What is this?"
+
+Of {len(found["answers"])} questions about pictures that were drawn for it, the answers' mean KL divergence is {found["mean_kl"]:.4f} nats, top-1 agreement
+{found["top1"]:.1%}; the features of the pictures have a cosine of at least {found["feature_cosine"]:.4f} with the original's. Pictures that need no resizing
+are prepared exactly as the original prepares them. Others are not quite: sides that lie halfway between two sizes are rounded up,
+where transformers rounds to even, and pixels are rounded in another order; a JPEG may decode to colours that differ by a few steps.
+
+The runtime (onnxruntime-genai 0.14.1) reads PNG and JPEG. Given BMP, GIF, TIFF or WebP it **ends the process**, and a JPEG that is cut off
+makes it wait for ever: check files before you hand them over, as `qwen-onnx generate` does. Give its processor one picture at a time, and put
+the results together: it mixes up several pictures of different sizes without a word. `prepare` and `feed` in `replay.py` show how.
+After an answer, `rewind_to` the last token and append it together with what follows.
 
 """
 
@@ -220,6 +240,24 @@ def _openvino(target: Mapping[str, Any]) -> str:
 the processor. Set `device_type` in `genai_config.json` to `CPU` or `GPU` to run it there, or `replay.py --cpu` to check it on the
 processor. The key-value cache belongs to the model, not to the generator: let one generator end before the next begins, and
 serve one conversation at a time.
+
+"""
+
+
+def _audio(validation: Mapping[str, Any]) -> str:
+    """What is known of how a package hears; nothing for others."""
+    if not (found := validation.get("audio")):
+        return ""
+    return f"""## Sounds
+
+    qwen-onnx generate DIR --audio clip.wav --prompt "What do you hear?"
+
+WAV files of whole numbers at 16 kHz, at most 30 s each; `--audio` may be given again. On sounds made by code, spectrograms are within
+{found["mel_difference"]:.0e} of transformers', features of the audio tower ({found["tower"]}) have a cosine of at least {found["feature_cosine"]:.5f} with PyTorch's, and along
+the answers of the reference the mean KL divergence is {found["mean_kl"]:.4f}, top-1 agreement {found["top1"]:.1%}.
+
+onnxruntime-genai has no type for this model. It runs it as `phi4mm`, whose own processor prepares other inputs: give it token ids, spectrograms
+and sizes (`og.NamedTensors`, as `feed` in `replay.py` does), and a new generator for each sound that comes later.
 
 """
 

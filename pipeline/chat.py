@@ -22,6 +22,14 @@ Message = Mapping[str, Any]
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
+def content(text: str, pictures: int = 0, sounds: int = 0) -> str | list[dict[str, str]]:
+    """A user's words as a message has them, after so many pictures and sounds."""
+    if not pictures and not sounds:
+        return text
+    heard = [{"type": "audio", "audio_url": f"clip {index + 1}"} for index in range(sounds)]
+    return [*({"type": "image"} for _ in range(pictures)), *heard, {"type": "text", "text": text}]
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A package's tokenizer and chat template.

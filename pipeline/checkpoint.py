@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint_files, digest, download, gguf, qwen1, qwen1_layout
+from pipeline import audio_tower, checkpoint_files, digest, download, gguf, qwen1, qwen1_layout
 from pipeline import headless as headless_files
 from pipeline.artifact import Progress
 from pipeline.errors import CheckpointError, DownloadError, QwenOnnxError
 from pipeline.recipe import Checkpoint, HubSource, LocalSource, WheelSource
 
 TRIES = 3  # rounds over all sources
+_TEMPLATE = Path(__file__).parent / "data" / "qwen2-audio.jinja"  # of checkpoints that have none
 PAUSE = 2.0  # seconds before the second round; twice that before the third
 
 
@@ -127,13 +128,46 @@ def prepare(
             for path in checkpoint_files.parts(source):
                 progress(0.1, f"taking {path.name}")
                 _take(path, out_dir / path.name)
+            _settle_template(out_dir)
         if headless:
             headless_files.complete(out_dir)
     if adapter:
+        _check_mergeable(out_dir)
         progress(0.6, "merging the adapter")
         _merge(out_dir, adapter)
     shape = checkpoint_files.check_directory(out_dir, headless)
     return {**facts, **shape}
+
+
+def _settle_template(folder: Path) -> None:
+    """Write ``chat_template.jinja`` where tokenizers would not find the template that the model is asked with.
+
+    Raises:
+        CheckpointError: a model that hears has one that makes no room for sounds.
+    """
+    hears = checkpoint_files.family_of(folder).hears
+    checkpoint_files.write_chat_template(folder, first=hears)
+    if not hears:
+        return
+    path = folder / "chat_template.jinja"
+    if not path.is_file():  # its publisher leaves it to transformers' processor
+        path.write_text(_TEMPLATE.read_text(encoding="utf-8"), encoding="utf-8")
+    if audio_tower.TOKENS[1] not in path.read_text(encoding="utf-8", errors="replace"):
+        raise CheckpointError(
+            f"the checkpoint's chat template has no place for sounds ({audio_tower.TOKENS[1]})",
+            where=f"{folder}: {path.name} or chat_template.json",
+            fix="save the template of its processor, or remove it: the published one is the default",
+        )
+
+
+def _check_mergeable(folder: Path) -> None:
+    family = checkpoint_files.family_of(folder)
+    if family.multimodal:
+        raise CheckpointError(
+            f"adapters of {family.title} cannot be merged",
+            why="peft reads them as those of a model of text alone",
+            fix="merge it with its own tools, and give the merged checkpoint",
+        )
 
 
 def _take(source: Path, target: Path) -> None:

@@ -11,13 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, qwen1_layout, qwen1_tokenizer
+from pipeline import audio_tower, digest, multimodal, qwen1_layout, qwen1_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.family import Shape, read_shape
+from pipeline.family import FAMILIES, Family, Shape, read_shape
 from pipeline.headless import full_name
+from pipeline.multimodal import Layout
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PREPROCESSOR, _CHAT_TEMPLATE = "preprocessor_config.json", "chat_template.json"
+# Files beside config.json that may ask for code, and what they are for.
+_ASKING = {
+    "tokenizer_config.json": "tokenizer",
+    _PREPROCESSOR: "image processor",
+    "processor_config.json": "processor",
+    "video_preprocessor_config.json": "video processor",
+}
 _ADAPTER, _ADAPTER_CONFIG = ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 # A shard of a thousand tensors has 100 kB of header; the format's own limit of 100 MB would cost a gigabyte to parse.
 _MAX_JSON = 16_000_000
@@ -70,13 +79,14 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
     config = folder / "config.json"
     # The code of Qwen 1.0 is known, and never run: the checkpoint is converted.
     convertible = qwen1_layout.is_qwen1(found.get(config.name))
-    if "auto_map" in found.get("tokenizer_config.json", {}) and not convertible:
-        raise CheckpointError(
-            "the checkpoint's tokenizer asks for code of its own (auto_map)",
-            where=str(folder / "tokenizer_config.json"),
-            why="running a checkpoint's code would give it this machine",
-            fix="use a checkpoint whose tokenizer transformers has built in",
-        )
+    for name, what in _ASKING.items():
+        if "auto_map" in found.get(name, {}) and not convertible:
+            raise CheckpointError(
+                f"the checkpoint's {what} asks for code of its own (auto_map)",
+                where=str(folder / name),
+                why="running a checkpoint's code would give it this machine",
+                fix=f"use a checkpoint whose {what} transformers has built in",
+            )
     if config.name not in found:
         raise CheckpointError("the checkpoint has no config.json", where=str(folder), fix="copy it from the publisher")
     settings = found[config.name]
@@ -96,6 +106,9 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
             where=str(folder),
             fix="save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+    family = FAMILIES[shape.model_type]
+    if family.multimodal:
+        _check_preprocessor(settings, family, folder)
     tensors: Tensors = {}
     for path in files:
         more = read_tensors(path)
@@ -109,7 +122,9 @@ def check_directory(folder: Path, headless: bool = False) -> dict[str, Any]:
         as_qwen2 = qwen1_layout.as_qwen2(settings, str(config))
         _check_tensors(tensors, {name: dims for name, dims, _ in qwen1_layout.weights(as_qwen2)}, folder)
     else:
-        _check_tensors(tensors, dict(_expected(shape)), folder)
+        layout = multimodal.in_files(family, tensors)
+        towers = multimodal.expected(settings, shape, layout, str(config))
+        _check_tensors(tensors, dict(_expected(shape, layout)) | dict(towers), folder)
     return {**shape.facts(), "parameters": sum(math.prod(dims) for _, dims in tensors.values())}
 
 
@@ -147,6 +162,21 @@ def weight_files(folder: Path) -> list[Path]:
         why=reason,
         fix=f"name the GGUF file itself: {folder / files[0]}" if files else remedy,
     )
+
+
+def _check_preprocessor(settings: dict[str, Any], family: Family, folder: Path) -> None:
+    """Check the file that says how pictures or sounds are prepared."""
+    path = folder / _PREPROCESSOR
+    if not path.is_file():
+        raise CheckpointError(
+            f"the checkpoint has no {path.name}",
+            where=str(folder),
+            why=f"it says how {'pictures' if family.sees else 'sounds'} are prepared",
+            fix="copy it from the publisher",
+        )
+    if family.hears:
+        tower = audio_tower.read(settings, str(folder / "config.json"))
+        audio_tower.check_extractor(_read_json(path, _MAX_JSON), tower, str(path))
 
 
 def _names(folder: Path) -> set[str]:
@@ -194,13 +224,14 @@ def _check_tensors(tensors: Tensors, expected: dict[str, tuple[int, ...]], folde
         )
 
 
-def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight that transformers' Qwen2 and Qwen3 classes need, dense or with experts."""
+def _expected(shape: Shape, layout: Layout) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every weight of the decoder that transformers' classes need."""
+    prefix = layout.text
     hidden, heads, kv_heads = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
-    yield "model.norm.weight", (hidden,)
+    yield f"{prefix}.embed_tokens.weight", (shape.vocabulary, hidden)
+    yield f"{prefix}.norm.weight", (hidden,)
     if not shape.tied:
-        yield "lm_head.weight", (shape.vocabulary, hidden)
+        yield f"{layout.head}.weight", (shape.vocabulary, hidden)
     matrices = {
         "self_attn.q_proj": (heads, hidden),
         "self_attn.k_proj": (kv_heads, hidden),
@@ -217,9 +248,35 @@ def _expected(shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
     dense, sparse = dict(_mlp("mlp", shape.intermediate, hidden)), dict(_experts(shape))
     for layer in range(shape.layers):
         for name, dims in (matrices | (sparse if layer in shape.sparse_layers else dense)).items():
-            yield f"model.layers.{layer}.{name}.weight", dims
+            yield f"{prefix}.layers.{layer}.{name}.weight", dims
         for name, size in vectors.items():
-            yield f"model.layers.{layer}.{name}", (size,)
+            yield f"{prefix}.layers.{layer}.{name}", (size,)
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a checkpoint that has been checked."""
+    return FAMILIES[json.loads((folder / "config.json").read_bytes())["model_type"]]
+
+
+def write_chat_template(folder: Path, first: bool = False) -> None:
+    """Write ``chat_template.jinja``, where the template is only in ``chat_template.json``: tokenizers do not read that.
+
+    Args:
+        first: whether that goes before what ``tokenizer_config.json`` has.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    path, made = folder / _CHAT_TEMPLATE, folder / "chat_template.jinja"
+    config = folder / "tokenizer_config.json"
+    if not path.is_file() or made.is_file():
+        return
+    if not first and config.is_file() and _read_json(config, _MAX_JSON).get("chat_template"):
+        return
+    template = _read_json(path, _MAX_JSON).get("chat_template")
+    if not isinstance(template, str):
+        raise CheckpointError(f"{_CHAT_TEMPLATE} has no chat_template", where=str(path), fix="fetch it again")
+    made.write_text(template, encoding="utf-8")
 
 
 def _mlp(name: str, inner: int, hidden: int) -> Iterable[tuple[str, tuple[int, int]]]:

@@ -160,7 +160,11 @@ def _package_commands(root: Any) -> None:
     generate = _command(root, "generate", commands.generate, "answer a prompt with a package")
     generate.add_argument("package", type=Path)
     generate.add_argument("--prompt", required=True, help="the text, or - for standard input")
+    text = "a PNG or JPEG that the prompt is about, for a model that sees; may be given several times"
+    generate.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help=text)
     generate.add_argument("--system", help="system message")
+    text = "a WAV file (16 kHz, at most 30 s) for a package that hears; may be given again"
+    generate.add_argument("--audio", type=Path, action="append", default=[], metavar="FILE", help=text)
     generate.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
     text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
     generate.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)

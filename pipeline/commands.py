@@ -287,7 +287,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    from pipeline import adapter_commands, answer, chat
+    from pipeline import adapter_commands, answer, audio_tower, chat, images, wav
     from pipeline.generate import Sampling
 
     check_positive(options, "max_tokens", "threads", "thinking_budget")
@@ -302,6 +302,9 @@ def generate(options: argparse.Namespace) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    pictures = [images.load(path) for path in options.image]
+    clips = [wav.read(path) for path in options.audio]
+    _check_media(options)
     _check_thinking(options)
     check_package(options, GENERATE)
     adapter = adapter_commands.chosen(options.package, options.adapter[0], options.trust) if options.adapter else None
@@ -317,12 +320,16 @@ def generate(options: argparse.Namespace) -> int:
         options.thinking_budget,
         options.json,
         adapter,
+        tuple(pictures),
+        tuple(clips),
     )
-    if options.raw:
-        prompt = tokenizer.encode(text, special=False)
+    if options.raw:  # sounds come first then, as base models are asked
+        prompt = tokenizer.encode("".join(audio_tower.TOKENS) * len(clips)) + tokenizer.encode(text, special=False)
     else:
         variables = answer.thinking_variables(tokenizer, options.thinking)
-        prompt = tokenizer.encode_chat([*system, {"role": "user", "content": text}], **variables)
+        prompt = tokenizer.encode_chat(
+            [*system, {"role": "user", "content": chat.content(text, len(pictures), len(clips))}], **variables
+        )
     answer.stream(options.package, tokenizer, prompt, settings)
     return 0
 
@@ -344,6 +351,16 @@ def check_package(options: argparse.Namespace, task: str) -> None:
     found = read_manifest(options.package).task
     if found != task:
         raise UsageError(f"{options.package} is a package to {found}, not to {task}", fix=f"use `qwen-onnx {found}`")
+
+
+def _check_media(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together with pictures or sounds."""
+    if options.image and options.audio:
+        raise UsageError("no model takes --image and --audio together", fix="leave out one of them")
+    if options.image and options.raw:
+        raise UsageError("--image does not go with --raw", fix="leave out --raw")
+    if options.lookup and (options.image or options.audio):
+        raise UsageError("--lookup drafts from text, and goes with neither --image nor --audio", fix="leave it out")
 
 
 def _check_thinking(options: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import reference, rotation
+from pipeline import multimodal, reference, rotation
+from pipeline.checkpoint_files import family_of
 from pipeline.errors import StageError
 from pipeline.tensors import Tensors
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """The parts of a ``ForCausalLM`` in float32, read from safetensors as they are asked for.
+    """The parts of a text model, or of that inside a model that sees, in float32, read from safetensors when asked for.
 
     Args:
         checkpoint: directory of the reference.
@@ -27,55 +28,63 @@ class Decoder:
 
     def __init__(self, checkpoint: Path, rotate: bool = False) -> None:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
+        family = family_of(checkpoint)
         self._whole = rotate
+        layout = multimodal.in_memory(family)
         if rotate:
             model = reference.load(checkpoint).model
             rotation.rotate(model)
+            self._prefix = layout.text
         else:
             self._tensors = Tensors(checkpoint)
-            config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        self._model = model
-        self.config = model.config
+                model = getattr(transformers, family.architecture)._from_config(config, dtype=torch.float32).eval()
+            self._prefix = multimodal.in_files(family, list(self._tensors)).text
+        self._text = model.get_submodule(layout.text)
+        # A text has one position a token; models that see take it for all three of theirs.
+        self._axes = (3, 1) if family.sees else (1,)
+        self.config = self._text.config
         # Its frequencies are computed when it is made, which a meta device does not.
-        self._rotary = type(model.model.rotary_emb)(model.config)
+        self._rotary = type(self._text.rotary_emb)(self.config)
 
     @property
     def count(self) -> int:
         """Number of layers."""
-        return len(self._model.model.layers)
+        return len(self._text.layers)
 
     def kinds(self, index: int) -> tuple[str, ...]:
         """Which inputs the projections of a layer have, in the order of computation: `pipeline.calibration`."""
-        mlp = self._model.model.layers[index].mlp
+        mlp = self._text.layers[index].mlp
         if not hasattr(mlp, "experts"):
             return ("attention", "heads", "mlp", "gated")
         return ("attention", "heads", *(("mlp", "gated") if hasattr(mlp, "shared_expert") else ()), "experts")
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings ``[W, T, H]`` of ids ``[W, T]``."""
-        return self._call("model.embed_tokens", ids)
+        return self._call("embed_tokens", ids)
 
     def rotary(self, hidden: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the positions before ``length``, in the dtype of ``hidden``."""
         import torch
 
-        found: tuple[torch.Tensor, torch.Tensor] = self._rotary(hidden, torch.arange(length)[None])
+        found: tuple[torch.Tensor, torch.Tensor] = self._rotary(
+            hidden, torch.arange(length).expand(*self._axes, length)
+        )
         return found
 
     def layers(self) -> Iterator[Any]:
         """The layers, each of which holds its weights until the next is asked for."""
         for index in range(self.count):
-            layer = self._load(f"model.layers.{index}")
+            layer = self._load(f"layers.{index}")
             yield layer
             self._drop(layer)
 
     def last_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head reads."""
-        return self._call("model.norm", hidden)
+        return self._call("norm", hidden)
 
     def _call(self, path: str, given: torch.Tensor) -> torch.Tensor:
         module = self._load(path)
@@ -84,9 +93,9 @@ class Decoder:
         return found
 
     def _load(self, path: str) -> Any:
-        module = self._model.get_submodule(path)
+        module = self._text.get_submodule(path)
         if not self._whole:
-            module.load_state_dict(self._tensors.below(f"{path}."), assign=True)
+            module.load_state_dict(self._tensors.below(f"{self._prefix}.{path}."), assign=True)
         return module
 
     def _drop(self, module: Any) -> None:

@@ -5,7 +5,7 @@ tensor, so that a model need not fit into memory, and takes what the builder ref
 
 Shapes in this module:
     B: batch, S: tokens of a call, P: tokens in the cache, H: hidden size, A: attention heads, K: key-value heads,
-    D: head size, V: vocabulary.
+    D: head size, V: vocabulary, L: layers that features are added to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.tensors import Tensors
 
 OPSET = 21
-_INT32 = 6  # onnx.TensorProto.INT32, without the import
+_FLOAT, _INT32 = 1, 6  # of onnx.TensorProto, without the import
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,37 @@ class Sizes:
     rotary: npt.NDArray[np.float32]
     amplitude: float
     mixture: Mixture | None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A decoder that is given embeddings: what a model that sees or hears makes of its tokens, images and sounds.
+
+    Attributes:
+        sections: how many of the ``D / 2`` rotary frequencies turn with a token's place in time, down and across, in
+            that order; the decoder then takes ``position_ids``. Empty: it counts positions itself, as of text.
+        interleaved: whether the frequencies of the three take turns, as in Qwen3-VL; else each has a run of them.
+        layers: ``L``, how many of the first layers have features of an image added to what they return.
+    """
+
+    sections: tuple[int, ...] = ()
+    interleaved: bool = False
+    layers: int = 0
+
+    def axes(self, frequencies: int) -> npt.NDArray[np.int64]:
+        """For each rotary frequency the position that it turns with: 0 time, 1 down, 2 across.
+
+        Raises:
+            ValueError: the sections are not of so many frequencies.
+        """
+        if len(self.sections) != 3 or sum(self.sections) != frequencies:
+            raise ValueError(f"{frequencies} rotary frequencies are in sections of {list(self.sections)}")
+        if not self.interleaved:
+            return np.repeat(np.arange(3), self.sections)
+        found = np.zeros(frequencies, np.int64)
+        for axis in (1, 2):
+            found[axis : 3 * self.sections[axis] : 3] = axis
+        return found
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -90,6 +121,8 @@ def write(
     writer: ExternalDataWriter,
     dtype: type = np.float32,
     prefix: str = "model",
+    head: str = "lm_head",
+    embedded: Embedded | None = None,
     fused_experts: bool = True,
 ) -> onnx.ModelProto:
     """The whole decoder.
@@ -97,47 +130,62 @@ def write(
     Inputs: ``input_ids`` and ``attention_mask`` int64 ``[B, S]`` and ``[B, P + S]``; ``past_key_values.N.key`` and
     ``.value`` ``[B, K, P, D]``, keys rotated. Outputs: ``logits`` ``[B, S, V]``; ``present.N.key`` and ``.value``.
 
+    With ``embedded``, ``inputs_embeds`` ``[B, S, (1 + L) H]`` instead of ``input_ids``: embeddings, then what each of
+    the first ``L`` layers has added. With sections also ``position_ids`` int64 ``[3, B, S]``.
+
     Args:
         config: transformers' configuration of the text model.
         tensors: of the checkpoint, by their names in transformers.
         writer: takes the weights.
         dtype: of weights and activations: float32 or float16.
         prefix: of the decoder's own tensors.
+        head: the module of the head, where it is not the embedding.
+        embedded: the decoder is given embeddings.
         fused_experts: whether a mixture of experts is one operator, see `pipeline.expert_graph`.
 
     Raises:
         ValueError: the model has something that this module does not write.
     """
-    return _Writer(sizes_of(config), tensors, GraphBuilder(writer), dtype, prefix, fused_experts).model()
+    return _Writer(
+        sizes_of(config), tensors, GraphBuilder(writer), dtype, prefix, head, embedded, fused_experts
+    ).model()
 
 
 class _Writer:
     """Writes one decoder; methods return the names of values."""
 
     def __init__(
-        self, sizes: Sizes, tensors: Tensors, g: GraphBuilder, dtype: type, prefix: str, fused_experts: bool
+        self,
+        sizes: Sizes,
+        tensors: Tensors,
+        g: GraphBuilder,
+        dtype: type,
+        prefix: str,
+        head: str,
+        embedded: Embedded | None,
+        fused_experts: bool,
     ) -> None:
         self.s, self.tensors, self.g, self.dtype, self.prefix = sizes, tensors, g, dtype, prefix
-        self.fused_experts = fused_experts
+        self.head, self.embedded, self.fused_experts = head, embedded, fused_experts
 
     def model(self) -> onnx.ModelProto:
         g, s = self.g, self.s
-        ids = g.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+        x, *features = self._embeddings()
         mask = g.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
         lengths = self._lengths(mask)
-        tables = self._rotary_tables()
-        embedding = g.constant("model.embed_tokens.weight", self._values(f"{self.prefix}.embed_tokens.weight"))
-        x = g.node("Gather", [embedding, ids], "/model/embed_tokens")
+        rotary = self._rotary_of_positions() if self._has_positions else self._rotary_tables()
         added = ""
         for index in range(s.layers):
             path, name = f"{self.prefix}.layers.{index}", f"/model/layers.{index}"
             normed, x = self._norm(x, added, f"{path}.input_layernorm", f"{name}/input_layernorm")
-            attended = self._attention(normed, index, lengths, tables)
+            attended = self._attention(normed, index, lengths, rotary)
             normed, x = self._norm(x, attended, f"{path}.post_attention_layernorm", f"{name}/post_attention_layernorm")
             mixed = s.mixture is not None and index in s.mixture.layers
             added = (self._mixture if mixed else self._mlp)(normed, f"{path}.mlp", f"{name}/mlp")
+            if index < len(features):
+                added = g.node("Add", [added, features[index]], f"{name}/features")
         normed, _ = self._norm(x, added, f"{self.prefix}.norm", "/model/norm")
-        head = f"{self.prefix}.embed_tokens" if s.tied else "lm_head"
+        head = f"{self.prefix}.embed_tokens" if s.tied else self.head
         weight = g.constant("lm_head.MatMul.weight", self._values(f"{head}.weight").T)
         g.node("MatMul", [normed, weight], "/lm_head", ["logits"])
         g.output("logits", self.dtype, ["batch_size", "sequence_length", s.vocabulary])
@@ -146,6 +194,29 @@ class _Writer:
                 shape: list[int | str] = ["batch_size", s.kv_heads, "total_sequence_length", s.head_dim]
                 g.output(f"present.{index}.{kind}", self.dtype, shape)
         return g.model("decoder", OPSET)
+
+    @property
+    def _has_positions(self) -> bool:
+        return self.embedded is not None and bool(self.embedded.sections)
+
+    def _embeddings(self) -> list[str]:
+        """The embeddings ``[B, S, H]``, and what is added to the results of the first layers, ``[B, S, H]`` each."""
+        g, hidden = self.g, self.s.hidden
+        rows: list[int | str] = ["batch_size", "sequence_length"]
+        if self.embedded is None:
+            ids = g.input("input_ids", np.int64, rows)
+            table = g.constant("model.embed_tokens.weight", self._values(f"{self.prefix}.embed_tokens.weight"))
+            return [g.node("Gather", [table, ids], "/model/embed_tokens")]
+        count = 1 + self.embedded.layers
+        if count > self.s.layers:
+            raise ValueError(f"{self.embedded.layers} of {self.s.layers} layers have features added")
+        given = g.input("inputs_embeds", self.dtype, [*rows, count * hidden])
+        if count == 1:
+            return [given]
+        name = "/model/inputs_embeds"
+        parts = [name, *(f"/model/layers.{index}/added" for index in range(count - 1))]
+        g.node("Split", [given, g.ints(*[hidden] * count)], name, parts, axis=-1)
+        return parts
 
     def _lengths(self, mask: str) -> list[str]:
         """The int32 inputs of attention: tokens of each row less one ``[B]``, and of the longest."""
@@ -166,27 +237,57 @@ class _Writer:
         ]
         positions = g.node("Range", bounds, f"{name}/positions")
         column = g.node("Unsqueeze", [positions, g.ints(1)], f"{name}/column")
-        angles = g.node("Mul", [column, g.constant(f"{name}/frequencies", self.s.rotary[None])], f"{name}/angles")
+        angles = g.node("Mul", [column, self._frequencies()], f"{name}/angles")
+        return self._cosines_and_sines(angles)
+
+    def _rotary_of_positions(self) -> list[str]:
+        """The int64 row ``[B, S]`` of each token in the tables, and the tables: cosines, sines ``[B S, D / 2]``."""
+        assert self.embedded is not None
+        g, name = self.g, "/model/rotary"
+        axes = g.constant(f"{name}/axes", self.embedded.axes(len(self.s.rotary)))
+        given = g.input("position_ids", np.int64, [3, "batch_size", "sequence_length"])
+        last = g.node("Transpose", [given], f"{name}/last", perm=[1, 2, 0])
+        flat = g.node("Reshape", [last, g.ints(-1, 3)], f"{name}/flat")
+        positions = g.node("Cast", [flat], f"{name}/positions", to=_FLOAT)
+        turned = g.node("Gather", [positions, axes], f"{name}/turned", axis=-1)
+        angles = g.node("Mul", [turned, self._frequencies()], f"{name}/angles")
+        shape = g.node("Shape", [given], f"{name}/shape", start=1)
+        count = g.node("ReduceProd", [shape], f"{name}/count", keepdims=0)
+        zero, one = (g.constant(f"{name}/{key}", np.array(value)) for key, value in (("zero", 0), ("one", 1)))
+        rows = g.node("Reshape", [g.node("Range", [zero, count, one], f"{name}/range"), shape], f"{name}/rows")
+        return [rows, *self._cosines_and_sines(angles)]
+
+    def _frequencies(self) -> str:
+        return self.g.constant("/model/rotary/frequencies", self.s.rotary[None])
+
+    def _cosines_and_sines(self, angles: str) -> list[str]:
+        g, name = self.g, "/model/rotary"
         tables = [g.node(function, [angles], f"{name}/{function.lower()}") for function in ("Cos", "Sin")]
         if self.s.amplitude != 1.0:
             amplitude = g.constant(f"{name}/amplitude", np.array(self.s.amplitude, np.float32))
             tables = [g.node("Mul", [table, amplitude], f"{table}/scaled") for table in tables]
         return [self._cast(table, f"{key}_cache") for table, key in zip(tables, ("cos", "sin"), strict=True)]
 
-    def _attention(self, normed: str, index: int, lengths: list[str], tables: list[str]) -> str:
+    def _attention(self, normed: str, index: int, lengths: list[str], rotary: list[str]) -> str:
         g, s = self.g, self.s
         path, name = f"{self.prefix}.layers.{index}.self_attn", f"/model/layers.{index}/attn"
         projected = self._linear(normed, [f"{path}.{kind}_proj" for kind in "qkv"], f"{name}/qkv_proj")
         queries, keys, values = projected, "", ""
-        if f"{path}.q_norm.weight" in self.tensors:
+        normed_heads = f"{path}.q_norm.weight" in self.tensors
+        if normed_heads or self._has_positions:
             widths = [s.heads * s.head_dim, *[s.kv_heads * s.head_dim] * 2]
-            parts = [f"{name}/{kind}" for kind in "qkv"]
+            queries, keys, values = parts = [f"{name}/{kind}" for kind in "qkv"]
             g.node("Split", [projected, g.ints(*widths)], f"{name}/split", parts, axis=-1)
+            if normed_heads:
+                queries, keys = (
+                    self._normed_heads(part, f"{path}.{kind}_norm", width, f"{name}/{kind}_norm")
+                    for part, kind, width in zip(parts, "qk", widths, strict=False)
+                )
+        if self._has_positions:
             queries, keys = (
-                self._normed_heads(part, f"{path}.{kind}_norm", width, f"{name}/{kind}_norm")
-                for part, kind, width in zip(parts, "qk", widths, strict=False)
+                g.node("RotaryEmbedding", [part, *rotary], f"{name}/{kind}_rotary", domain=MICROSOFT)
+                for part, kind in ((queries, "q"), (keys, "k"))
             )
-            values = parts[2]
         past = [
             g.input(
                 f"past_key_values.{index}.{kind}",
@@ -197,14 +298,14 @@ class _Writer:
         ]
         mixed = g.node(
             "GroupQueryAttention",
-            [queries, keys, values, *past, *lengths, *tables],
+            [queries, keys, values, *past, *lengths, *([] if self._has_positions else rotary)],
             name,
             [f"{name}/mixed", f"present.{index}.key", f"present.{index}.value"],
             domain=MICROSOFT,
             num_heads=s.heads,
             kv_num_heads=s.kv_heads,
             scale=s.head_dim**-0.5,
-            do_rotary=1,
+            do_rotary=int(not self._has_positions),
         )
         return self._linear(mixed, [f"{path}.o_proj"], f"{name}/o_proj")
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import decoder_graph, graph, olive, openvino
+from pipeline import audio_export, audio_tower, decoder_graph, graph, multimodal, olive, openvino, vision_export
+from pipeline.decoder_graph import Embedded
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.family import FAMILIES, read_shape
 from pipeline.target import CPU
 from pipeline.tensors import Tensors
+from pipeline.vision import read_vision
 
 if TYPE_CHECKING:
     import onnx
@@ -130,11 +132,13 @@ def export_openvino(checkpoint: Path, out_dir: Path) -> None:
 def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bool = True) -> onnx.ModelProto:
     """Write ``model.onnx.data`` and ``genai_config.json`` of a graph of our own, a weight in memory at a time.
 
+    Of a model that sees also what `pipeline.vision_export` writes.
+
     Args:
         fused_experts: whether a mixture of experts, if there is one, is one operator.
 
     Returns:
-        the graph, which is not saved yet.
+        the decoder's graph, which is not saved yet.
 
     Raises:
         StageError: the model has something that the graph does not.
@@ -142,16 +146,33 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bo
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
     tensors = Tensors(checkpoint)
+    settings, generation = _settings(checkpoint)
+    family = FAMILIES[settings["model_type"]]
+    layout = multimodal.in_files(family, list(tensors))
+    vision = read_vision(settings, read_shape(settings, "config.json"), "config.json") if family.sees else None
+    tower = audio_tower.read(settings, "config.json") if family.hears else None
+    if family.multimodal and dtype != "float32":
+        raise StageError("models that see or hear are exported in float32", why=f"{dtype} was asked for")
+    embedded = vision_export.embedded(config, vision) if vision else Embedded() if tower else None
+    kind = np.dtype(dtype).type
     with ExternalDataWriter(out_dir / "model.onnx.data") as writer:
         try:
-            model = decoder_graph.write(config, tensors, writer, np.dtype(dtype).type, fused_experts=fused_experts)
+            model = decoder_graph.write(
+                config, tensors, writer, kind, layout.text, layout.head, embedded, fused_experts=fused_experts
+            )
         except ValueError as error:
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)
-    made = _genai_config(*_settings(checkpoint), inputs)
+    made = _genai_config(settings, generation, inputs)
     made["search"]["past_present_share_buffer"] = True  # attention writes new keys and values into the cache
+    if vision:
+        vision_export.write(checkpoint, out_dir, settings, vision, tensors, layout)
+        vision_export.configure(made["model"], checkpoint, settings, vision)
+    if tower:
+        audio_export.write(out_dir, tower, config.hidden_size, tensors, layout)
+        audio_export.configure(made["model"])
     _write_config(out_dir, made)
     return model
 
@@ -177,12 +198,14 @@ def _genai_config(
 ) -> dict[str, Any]:
     """A ``genai_config.json`` for a decoder with separate past and present caches, as optimum writes it."""
     shape = read_shape(settings, "config.json")
-    tokens = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = settings.get("text_config", {})
+    tokens = {key: settings.get(key, text.get(key)) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokens |= {key: generation[key] for key in tokens if generation.get(key) is not None}
     eos = tokens["eos_token_id"]
     bos = tokens["bos_token_id"] if tokens["bos_token_id"] is not None else (eos[-1] if isinstance(eos, list) else eos)
     pad = tokens["pad_token_id"] if tokens["pad_token_id"] is not None else (eos[0] if isinstance(eos, list) else eos)
-    named = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+    known = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    named = {name: name for name in known if name in inputs}
     past = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
     return {
         "model": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline import positions, qwen1_layout
@@ -25,6 +25,12 @@ class Family:
         runtime: the genai runtime's ``model.type``; it knows no types of mixtures, and runs their graphs like others.
         head_dim: what transformers takes when config.json has none; ``None`` is hidden size / attention heads.
         experts: whether its MLPs are mixtures of experts.
+        context: the same for the length of the context.
+        sees: whether it takes images. ``config.json`` then has the decoder's sizes in ``text_config``; older ones of
+            Qwen2-VL and Qwen2.5-VL have them among the others.
+        hears: whether it takes sounds. ``config.json`` then has the decoder's sizes in ``text_config``.
+        text: model type of that decoder.
+        defaults: what transformers takes for sizes that ``text_config`` leaves out.
     """
 
     model_type: str
@@ -34,6 +40,16 @@ class Family:
     runtime: str
     head_dim: int | None = None
     experts: bool = False
+    context: int = positions.DEFAULT
+    sees: bool = False
+    hears: bool = False
+    text: str = ""
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether it is more than a decoder of text."""
+        return self.sees or self.hears
 
     @property
     def headless(self) -> str:
@@ -42,6 +58,16 @@ class Family:
 
 
 _EVERY = ("genai", "optimum", "native", "static", "openvino")
+_NATIVE = ("native",)
+# The published configurations of Qwen2-Audio leave most sizes to these.
+_QWEN2 = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -50,6 +76,28 @@ FAMILIES: dict[str, Family] = {
         Family("qwen3", "Qwen3ForCausalLM", _EVERY, "Qwen3", "qwen3", head_dim=128),
         Family("qwen2_moe", "Qwen2MoeForCausalLM", ("native",), "Qwen1.5-MoE, Qwen2-MoE", "qwen2", experts=True),
         Family("qwen3_moe", "Qwen3MoeForCausalLM", ("native",), "Qwen3-MoE", "qwen3", experts=True),
+        Family("qwen2_vl", "Qwen2VLForConditionalGeneration", _NATIVE, "Qwen2-VL", "qwen2_5_vl", sees=True),
+        Family("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", _NATIVE, "Qwen2.5-VL", "qwen2_5_vl", sees=True),
+        Family(
+            "qwen3_vl",
+            "Qwen3VLForConditionalGeneration",
+            _NATIVE,
+            "Qwen3-VL",
+            "qwen3_vl",
+            head_dim=128,
+            context=128000,
+            sees=True,
+        ),
+        Family(
+            "qwen2_audio",
+            "Qwen2AudioForConditionalGeneration",
+            _NATIVE,
+            "Qwen2-Audio",
+            "phi4mm",
+            hears=True,
+            text="qwen2",
+            defaults=_QWEN2,
+        ),
     )
 }
 
@@ -202,36 +250,42 @@ def read_shape(config: Mapping[str, Any], where: str) -> Shape:
             where=where,
             fix=f"supported: {known}; converted: {qwen1_layout.MODEL_TYPE} ({qwen1_layout.ARCHITECTURE})",
         )
-    sizes: dict[str, Any] = {field: config.get(key) for field, key in _FIELDS.items()}
+    text = config.get("text_config", {} if family.hears else config) if family.multimodal else config
+    if not isinstance(text, Mapping):
+        raise CheckpointError("config.json has a text_config that is no object", where=where)
+    if family.text and (kind := text.get("model_type", family.text)) != family.text:
+        raise CheckpointError(f"the decoder of {family.title} is {kind!r}, not {family.text}", where=where)
+    text = {**family.defaults, **text}
+    sizes: dict[str, Any] = {name: text.get(key) for name, key in _FIELDS.items()}
     hidden, heads = sizes["hidden"], sizes["heads"]
     divides = _is_size(hidden) and _is_size(heads) and hidden % heads == 0
     defaults = {
         "kv_heads": heads,
         "head_dim": family.head_dim or (hidden // heads if divides else None),
-        "context": positions.DEFAULT,
+        "context": family.context,
     }
-    sizes |= {field: value for field, value in defaults.items() if sizes[field] is None}
-    bad = [f"{_FIELDS[field]} is {value!r}" for field, value in sizes.items() if not _is_size(value)]
-    mixture = _expert_sizes(config, family)
-    bad += [f"{_EXPERT_FIELDS[field]} is {value!r}" for field, value in mixture.items() if not _is_size(value)]
+    sizes |= {name: value for name, value in defaults.items() if sizes[name] is None}
+    bad = [f"{_FIELDS[name]} is {value!r}" for name, value in sizes.items() if not _is_size(value)]
+    mixture = _expert_sizes(text, family)
+    bad += [f"{_EXPERT_FIELDS[name]} is {value!r}" for name, value in mixture.items() if not _is_size(value)]
     if bad:
         raise CheckpointError(f"config.json has no positive integer for a size: {', '.join(bad)}", where=where)
     experts = None
     if mixture:
-        normalized = bool(config.get("norm_topk_prob", False))
-        dense = _dense_layers(config, sizes["layers"], where)
+        normalized = bool(text.get("norm_topk_prob", False))
+        dense = _dense_layers(text, sizes["layers"], where)
         experts = Experts(**mixture, normalized=normalized, dense_layers=dense)
     if experts and experts.per_token > experts.count:
         raise CheckpointError(f"a token goes to {experts.per_token} of {experts.count} experts", where=where)
-    sizes["context"] = positions.read(config, sizes["context"], where).context
-    tied = bool(config.get("tie_word_embeddings", False))
+    sizes["context"] = positions.read(text, sizes["context"], where).context
+    tied = bool(text.get("tie_word_embeddings", False))
     return Shape(model_type=family.model_type, tied=tied, **sizes, experts=experts)
 
 
 def _expert_sizes(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if not family.experts:
         return {}
-    sizes = {field: config.get(key) for field, key in _EXPERT_FIELDS.items()}
+    sizes = {name: config.get(key) for name, key in _EXPERT_FIELDS.items()}
     if sizes["sparse_step"] is None:
         sizes["sparse_step"] = 1
     if family.model_type != "qwen2_moe":

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline import audio_prompt
 from pipeline import session as sessions
 from pipeline.errors import UsageError
+from pipeline.images import Picture
+from pipeline.replay import Media, feed, prepare
 from pipeline.session import Session
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -59,29 +64,64 @@ def start(session: Session, length: int, sampling: Sampling | None = None) -> An
     return generator
 
 
+def attach(
+    session: Session, prompt: Sequence[int], pictures: Sequence[Picture] = (), clips: Sequence[Floats] = ()
+) -> tuple[list[int], Media | None]:
+    """A prompt that has room for each feature of its pictures or sounds, and these as the model takes them.
+
+    Args:
+        prompt: with one token for each picture or sound, in their order.
+        clips: mono samples at 16 kHz, as `wav.read` returns them.
+
+    Raises:
+        UsageError: the package takes none of the kind, or the prompt has not as many places for them.
+        PackageError: it does not say what its tower is like.
+    """
+    token, given, kind = session.image_token, len(pictures), "images"
+    if clips:
+        tower = audio_prompt.read_tower(session.package)
+        token, given, kind = tower.token, len(clips), "sounds"
+    if token is None:
+        if pictures:
+            raise UsageError(f"{session.package} takes no images", fix="use a package of a model that sees")
+        return list(prompt), None
+    if (places := list(prompt).count(token)) != given or (clips and pictures):
+        raise UsageError(f"the prompt has places for {places} {kind}, and {given} are given")
+    if not given:
+        return list(prompt), None
+    try:
+        media = audio_prompt.prepare(tower, clips) if clips else prepare(session.model, [one.data for one in pictures])
+    except RuntimeError as error:
+        raise UsageError("an image cannot be decoded", why=str(error).split("\n")[0], fix="save it again") from None
+    rest = iter(media.tokens)
+    return [one for id_ in prompt for one in ([id_] * next(rest) if id_ == token else [id_])], media
+
+
 def stream(
     session: Session,
     prompt: Sequence[int],
     limit: int,
     sampling: Sampling | None = None,
     interrupt: Callable[[int], Sequence[int]] | None = None,
+    media: Media | None = None,
 ) -> Iterator[int]:
     """Token ids that follow ``prompt``, one by one, until an end-of-answer token (not yielded) or ``limit`` tokens.
 
     Args:
         interrupt: called with each token; what it returns follows then, whatever the model would say
             (`pipeline.thinking.Budget`).
+        media: the pictures or sounds that the prompt has room for (`attach`).
 
     Raises:
         UsageError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context;
             or the limit is not positive.
     """
-    check_prompt(session, prompt)
+    check_prompt(session, prompt, media)
     if limit < 1:
         raise UsageError(f"a limit of {limit} tokens is not positive")
     limit = room(session, len(prompt), limit)
     generator = start(session, session.padded(len(prompt)) + limit, sampling)
-    generator.append_tokens(np.asarray(prompt, np.int32))
+    feed(generator, prompt, media)
     forced: deque[int] = deque()
     for _ in range(limit):
         if forced:
@@ -110,17 +150,19 @@ def room(session: Session, prompt: int, limit: int) -> int:
     return min(limit, session.context_length - session.padded(prompt))
 
 
-def check_prompt(session: Session, prompt: Sequence[int]) -> None:
+def check_prompt(session: Session, prompt: Sequence[int], media: Media | None = None) -> None:
     """Refuse a prompt that the model cannot take.
 
     Raises:
-        UsageError: it is empty, has ids outside the vocabulary, or leaves no room in the context.
+        UsageError: it is empty, has ids outside the vocabulary, leaves no room in the context, or does not fit its
+            pictures or sounds.
     """
     if not prompt:
         raise UsageError("the prompt is empty")
     _check_ids(session, prompt, "prompt")
     if session.window > 1 and session.config["model"]["pad_token_id"] in prompt:
         raise UsageError("the prompt has the id that the runtime fills up windows with")
+    _check_media(session, prompt, media)
     if session.padded(len(prompt)) >= session.context_length:
         raise UsageError(
             f"the prompt has {len(prompt)} tokens; the context holds {session.context_length}",
@@ -128,9 +170,28 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
         )
 
 
-def check_answer(session: Session, prompt: Sequence[int], answer: Sequence[int]) -> None:
+def _check_media(session: Session, prompt: Sequence[int], media: Media | None) -> None:
+    """The runtime trusts that as many features come as a prompt has tokens for them."""
+    if media and media.heard:
+        try:
+            audio_prompt.check(media.arrays, prompt, audio_prompt.read_tower(session.package))
+        except ValueError as error:
+            raise UsageError("the sounds do not fit the prompt", why=str(error)) from None
+        return
+    if session.image_token is None:
+        if media:
+            raise UsageError(f"{session.package} takes no images")
+        return
+    if session.config["model"]["pad_token_id"] in prompt:
+        raise UsageError("the prompt has the id that the runtime takes for padding")
+    features = sum(media.tokens) if media else 0
+    if (places := list(prompt).count(session.image_token)) != features:
+        raise UsageError(f"the prompt has {places} tokens of images, and the images have {features} features")
+
+
+def check_answer(session: Session, prompt: Sequence[int], answer: Sequence[int], media: Media | None = None) -> None:
     """Refuse a prompt and its answer that the model cannot be fed; raises `UsageError` as `check_prompt` does."""
-    check_prompt(session, prompt)
+    check_prompt(session, prompt, media)
     if answer:
         _check_ids(session, answer, "answer")
     if room(session, len(prompt), len(answer)) < len(answer):
@@ -149,6 +210,20 @@ def decode_logits(session: Session, ids: Sequence[int]) -> npt.NDArray[np.float3
     for index, token in enumerate(ids):
         generator.append_tokens(np.asarray([token], np.int32))
         rows[index] = np.asarray(generator.get_logits(), np.float32).reshape(-1)[: session.vocabulary]
+    return rows
+
+
+def answer_logits(
+    session: Session, prompt: Sequence[int], answer: Sequence[int], media: Media | None = None
+) -> npt.NDArray[np.float32]:
+    """Logits ``[T, V]`` float32 before each of ``answer`` (``[T]``), which is fed one token at a time."""
+    generator = start(session, len(prompt) + len(answer))
+    rows = np.empty((len(answer), session.vocabulary), np.float32)
+    feed(generator, prompt, media)
+    for index, token in enumerate(answer):
+        rows[index] = np.asarray(generator.get_logits(), np.float32).reshape(-1)[-session.vocabulary :]
+        if index < len(answer) - 1:
+            generator.append_tokens(np.asarray([token], np.int32))
     return rows
 
 

@@ -215,10 +215,22 @@ def _gather_from_head(
     scheme: WeightScheme,
     written: dict[str, onnx.TensorProto],
 ) -> None:
-    """Point the embedding at the head's bytes: initializers of other dims at the same file offsets."""
+    """Point the embedding at the head's bytes."""
+    nodes = model.graph.node
+    _gather_from(nodes[embedding.node], nodes[head.node], head, scheme, written)
+
+
+def _gather_from(
+    gather: onnx.NodeProto,
+    product: onnx.NodeProto,
+    head: Weight,
+    scheme: WeightScheme,
+    written: dict[str, onnx.TensorProto],
+) -> None:
+    """Make ``gather`` read the weight of ``product``: initializers of other dims at the same file offsets."""
     import onnx
 
-    parts = list(model.graph.node[head.node].input)[1:]
+    parts = list(product.input)[1:]
     groups = head.columns // scheme.block_size
     dims = (head.columns * scheme.bits // 8, groups, -(-groups * scheme.bits // 8))
     names = []
@@ -229,7 +241,31 @@ def _gather_from_head(
         alias.dims[:] = [head.rows, columns]
         written[alias.name] = alias
         names.append(alias.name)
-    _become_gather(model.graph.node[embedding.node], names, scheme)
+    _become_gather(gather, names, scheme)
+
+
+def share_across(model: onnx.ModelProto, embedding: Weight, decoder: onnx.ModelProto, head: Weight) -> None:
+    """Let an embedding in a graph of its own gather from the quantized head of ``decoder``: the same bytes of its file.
+
+    Args:
+        model: the embedding's graph, edited in place.
+        embedding: in ``model``.
+        decoder: whose head has become ``MatMulNBits``.
+        head: as the float decoder had it.
+
+    Raises:
+        StageError: the head cannot be shared.
+    """
+    head, embedding, scheme = _shareable(_find_again(decoder, head), embedding, quantized_schemes(decoder))
+    written = {tensor.name: tensor for tensor in decoder.graph.initializer}
+    table = model.graph.node[embedding.node].input[0]
+    _gather_from(model.graph.node[embedding.node], decoder.graph.node[head.node], head, scheme, written)
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != table]
+    parts = set(model.graph.node[embedding.node].input)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, *(tensor for name, tensor in written.items() if name in parts)])
+    if not any(entry.domain == MICROSOFT for entry in model.opset_import):
+        model.opset_import.add(domain=MICROSOFT, version=1)
 
 
 def repack(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ _METRICS = {
     "routing": "experts chosen as the reference does",
     "expert_error": "largest error of one expert",
     "greedy": "greedy agreement",
+    "pixel_error": "largest error of a normalized pixel",
+    "mel_difference": "largest difference of spectrograms",
+    "feature_cosine": "least cosine of a feature of an image or a sound",
     "runaway_answers": "answers that do not end",
     "adapter_effect": "share of the adapter’s effect",
     "eos_mismatches": "end tokens that differ",
@@ -65,7 +68,7 @@ def page(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
         locations=[_location(entry) for entry in manifest["source"]["locations"]],
         figures=_figures(validation),
         npu_nodes=_nodes(validation.get("npu", {"placement": {}})),
-        answers=[_answer(entry) for entry in validation.get("greedy", {"answers": ()})["answers"]],
+        answers=[_answer(entry) for entry in _answers(validation)],
         parity=_parity(validation),
         counts=_counts(manifest.get("quantization", {})),
         recipe=_yaml(manifest["recipe"]),
@@ -226,6 +229,14 @@ def _figures(validation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _nodes(npu: Mapping[str, Any]) -> int:
     """How many nodes the compiled graphs were made from."""
     return sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
+
+
+def _answers(validation: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All answers: to texts, about pictures, and on sounds."""
+    for section in ("greedy", "images", "audio"):
+        for entry in validation.get(section, {}).get("answers", ()):
+            question = f": {entry['question']}" if "question" in entry else ""
+            yield {**entry, "name": f"{entry['name']}{question}"}
 
 
 def _answer(entry: Mapping[str, Any]) -> dict[str, Any]:

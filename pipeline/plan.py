@@ -19,15 +19,17 @@ from pipeline import (
     isolated,
     lora_files,
     machine,
+    multimodal,
     positions,
     texts,
 )
 from pipeline import target as targets
 from pipeline.artifact import Step
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.family import Shape, read_shape
+from pipeline.family import FAMILIES, Shape, read_shape
 from pipeline.recipe import Loaded, Recipe, exporter_of
-from pipeline.target import TARGETS, Target, file_problem
+from pipeline.sizes import Tower
+from pipeline.target import CPU, TARGETS, Target, file_problem
 from pipeline.task import EMBED, TASKS, Task
 
 # Distributions that provide the same module for other hardware.
@@ -111,10 +113,12 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         )
     for config, where in _local_configs(loaded):
         positions.check_context(config, _context_length(recipe), where)
-    shape = shape_of(loaded)
+    shape, tower = shape_of(loaded), tower_of(loaded)
     if shape:
         _check_family(loaded, shape)
-    size = estimate.of("quantize", recipe, shape).disk
+        if FAMILIES[shape.model_type].multimodal:
+            _check_media(loaded, target)
+    size = estimate.of("quantize", recipe, shape, tower).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(
             f"the package would be too large for {target.name}",
@@ -145,7 +149,7 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
                 "tools": tools,
             }
         )
-        need = estimate.of(stage.name, recipe, shape)
+        need = estimate.of(stage.name, recipe, shape, tower)
         steps[stage.name] = Step(stage.name, key, fields, inputs, tools, need, _context(stage.name, loaded))
     return list(steps.values())
 
@@ -173,6 +177,23 @@ def _check_family(loaded: Loaded, shape: Shape) -> None:
 def stages_of(target: Target, adapted: bool = False) -> list[Stage]:
     """The stages of a build for ``target``, in order; ``adapted`` when LoRA adapters are kept apart."""
     return [stage for stage in STAGES if (target.compiled or not stage.compiled) and (adapted or not stage.adapted)]
+
+
+def _check_media(loaded: Loaded, target: Target) -> None:
+    """Refuse what models that see or hear cannot be built for or with.
+
+    Raises:
+        RecipeError: saying why.
+    """
+    if target.provider != CPU:
+        what, why = f"target {target.name}", "their graphs are written and checked for the processor only"
+    elif loaded.recipe.adapters is not None:
+        what, why = "a recipe with `adapters`", "slots are made in decoders of text alone"
+    elif not TASKS[loaded.recipe.task].generates:
+        what, why = f"task {loaded.recipe.task}", "they generate text"
+    else:
+        return
+    raise RecipeError(f"{what} takes no models that see or hear", where=str(loaded.path), why=why)
 
 
 def _tools(stage: Stage, target: Target, task: Task, found: Mapping[str, str]) -> dict[str, str]:
@@ -213,6 +234,11 @@ def shape_of(loaded: Loaded) -> Shape | None:
     return next((read_shape(config, where) for config, where in _local_configs(loaded)), None)
 
 
+def tower_of(loaded: Loaded) -> Tower | None:
+    """The sizes of what is in front of the decoder, where a local config.json tells them."""
+    return next((multimodal.tower(config, read_shape(config, at), at) for config, at in _local_configs(loaded)), None)
+
+
 def _local_configs(loaded: Loaded) -> Iterator[tuple[Any, str]]:
     """The ``config.json`` of each local checkpoint that has one, and its path."""
     for source in loaded.recipe.checkpoint.sources:
@@ -250,7 +276,11 @@ def _fields(stage: str, loaded: Loaded) -> dict[str, Any]:
         return {**recipe.export.model_dump(mode="json", exclude={"experts"}), **own, **npu, **purpose}
     if stage == "quantize":
         form = target.kernels.form if target.kernels else ""
-        fields = {**recipe.quantize.model_dump(mode="json"), "form": form, "rotate": recipe.export.rotate, **purpose}
+        scheme = recipe.quantize.model_dump(mode="json")
+        for key in ("vision", "audio"):
+            if scheme[key] == "float":
+                del scheme[key]  # most models have none
+        fields = {**scheme, "form": form, "rotate": recipe.export.rotate, **purpose}
         return fields | ({"text": texts.CALIBRATION.sha256} if recipe.quantize.algorithm in ("gptq", "static") else {})
     if stage == "compile":
         assert recipe.npu is not None  # `recipe` refuses a compiled target without it

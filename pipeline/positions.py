@@ -89,6 +89,8 @@ def kind(config: Mapping[str, Any], where: str) -> str | None:
         return None
     given = scaling if isinstance(scaling, Mapping) else {}
     names = {given[key] for key in ("type", "rope_type") if isinstance(given.get(key), str)}
+    if "mrope_section" in given:  # positions of three dimensions, of models that see, which are not scaled by that
+        names = {"default" if name == "mrope" else name for name in names}
     if len(names) != 1 or not names <= {"default", "yarn"}:
         raise CheckpointError(
             f"rotary embeddings of type {' and '.join(sorted(names)) or repr(scaling)} are not supported",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ def quantize(
     form: str = "nbits",
     rotate: bool = False,
     roles: tuple[str, ...] = ("head", "embedding"),
+    outside: Sequence[graph.Weight] = (),
 ) -> dict[str, Any]:
     """Quantize ``source/model.onnx`` into ``out_dir/model.onnx`` and ``model.onnx.data``.
 
@@ -38,6 +39,7 @@ def quantize(
         form: of the quantized weights, see `graph_weights.quantize_weights`.
         rotate: whether the graph is of the rotated checkpoint.
         roles: of the weights that the graph must have besides those of the body.
+        outside: weights of other graphs that the scheme speaks of, too; they are left to the caller.
 
     Returns:
         facts: ``bits_per_weight`` (bits stored over weights in the float model), ``weights`` per scheme,
@@ -50,7 +52,10 @@ def quantize(
     before = graph.load(source / "model.onnx")
     found = graph.weights(before)
     _check_experts(scheme, found)
-    wanted = _wanted(scheme, found, roles)
+    wanted = _wanted(scheme, [*found, *outside], roles)
+    if outside:
+        wanted = {weight.path: wanted[weight.path] for weight in found if weight.path in wanted}
+        scheme = scheme.model_copy(update={"embedding": "float"})
     errors: Mapping[str, float] = {}
     if scheme.algorithm in ("gptq", "min_error", "w8a8"):
         calibration = {"checkpoint": str(checkpoint), "rotate": rotate}

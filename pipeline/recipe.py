@@ -499,7 +499,7 @@ def _contradictions(value: dict[str, Any]) -> Iterator[tuple[Loc, str]]:
                 text = "a remote file needs `checkpoint.sha256`: the digest decides, so that no mirror needs trust"
                 yield ("checkpoint", "sources", index), text
     if architecture := _typed(Architecture, value.get("architecture")):
-        yield from _family_contradictions(architecture, _typed(Export, value.get("export", {})))
+        yield from _family_contradictions(architecture, _typed(Export, value.get("export", {})), target)
 
 
 def _export_section(value: dict[str, Any], target: Target) -> dict[str, Any]:
@@ -513,8 +513,9 @@ def _export_section(value: dict[str, Any], target: Target) -> dict[str, Any]:
     return {**section, "exporter": exporters.resolve(section.get("exporter"), target, shape, options, generates)}
 
 
-def _family_contradictions(architecture: Architecture, export: Export | None) -> Iterator[tuple[Loc, str]]:
-    """Sizes and an exporter that are not those of the family."""
+def _family_contradictions(
+    architecture: Architecture, export: Export | None, target: Target | None
+) -> Iterator[tuple[Loc, str]]:
     family = FAMILIES.get(architecture.model_type)
     if family is None:
         yield ("architecture", "model_type"), f"unknown family{_choice(architecture.model_type, list(FAMILIES))}"
@@ -525,6 +526,8 @@ def _family_contradictions(architecture: Architecture, export: Export | None) ->
     if family.experts != (architecture.experts is not None):
         text = "needs `experts`: {count, per_token, intermediate, …}" if family.experts else "has no `experts`"
         yield ("architecture", "experts"), f"{family.model_type} {text}"
+    if family.multimodal and target and target.provider != targets.CPU:
+        yield ("target",), f"{target.name} takes no models that see or hear, such as {family.model_type}: use cpu"
 
 
 def _revision_contradictions(checkpoint: Checkpoint) -> Iterator[tuple[Loc, str]]:

@@ -9,6 +9,7 @@ not the rest of the answer.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+
+    Arrays = Mapping[str, npt.NDArray[Any]]
 
 GOLDEN = "golden.jsonl"
 MANIFEST = "manifest.json"
@@ -44,6 +48,30 @@ PLUGINS = {
 # OpenVINO's own device for processors, which reads what is made for its NPU. It would round to bfloat16 where it can.
 OPENVINO_ON_CPU = {"device_type": "CPU", "load_config": '{"CPU": {"INFERENCE_PRECISION_HINT": "f32"}}'}
 _registered: set[str] = set()
+_BESIDE = ("embedding", "vision", "speech")  # graphs that a model that sees or hears has beside its decoder
+# What the tower of a model that hears is given, and of what type.
+SOUNDS = {"audio_embeds": "float32", "audio_sizes": "int64", "audio_sizes_frames": "int64"}
+_PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of one picture, in the words of all Qwen-VL tokenizers
+
+
+@dataclass(frozen=True)
+class Media:
+    """Pictures or sounds as a model's tower takes them.
+
+    Attributes:
+        arrays: by the runtime's names. Of pictures: ``pixel_values`` float32 ``[N, 1176]``, the patches of all, one
+            picture after the other; ``image_grid_thw`` int64 ``[pictures, 3]``, 1 and patches down and across of each;
+            ``num_image_tokens`` int64 ``[1]``. Of sounds: `SOUNDS`.
+        tokens: how many tokens of a prompt each picture or sound takes.
+    """
+
+    arrays: Arrays
+    tokens: tuple[int, ...]
+
+    @property
+    def heard(self) -> bool:
+        """Whether they are sounds."""
+        return "audio_sizes" in self.arrays
 
 
 def register_plugin(runtime: Any, provider: str) -> None:
@@ -77,16 +105,17 @@ def unrunnable(package: Path, config: Mapping[str, Any], provider: str = "") -> 
     return ""
 
 
-def configure(runtime: Any, settings: Any, own: str, on_cpu: bool, threads: int) -> None:
+def configure(runtime: Any, settings: Any, config: Mapping[str, Any], on_cpu: bool, threads: int) -> None:
     """Prepare a package's configuration for loading.
 
     Args:
         runtime: the module ``onnxruntime_genai``.
         settings: its ``Config`` of the package.
-        own: the provider that the package is for, as in `provider_of`.
+        config: the content of the package's ``genai_config.json``.
         on_cpu: let the processor run it, whatever it is for.
         threads: of the processor.
     """
+    own = provider_of(config)
     through_openvino = on_cpu and own == "OpenVINO"
     if not on_cpu or through_openvino:
         register_plugin(runtime, own)
@@ -96,7 +125,8 @@ def configure(runtime: Any, settings: Any, own: str, on_cpu: bool, threads: int)
     elif on_cpu and own != "cpu":
         # Else ONNX Runtime would round the activations of QDQ products to 8 bits, which no other provider does.
         session["session.qdq_matmulnbits_accuracy_level"] = "1"
-    settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    parts = [name for name in ("decoder", *_BESIDE) if name in config["model"]]
+    settings.overlay(json.dumps({"model": {name: {"session_options": session} for name in parts}}))
     if on_cpu and not through_openvino:
         settings.clear_providers()
 
@@ -128,18 +158,84 @@ def graphs_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The decoder, and its stages if it is a pipeline."""
-    decoder = config["model"]["decoder"]
-    return [decoder, *(stage for group in decoder.get("pipeline", ()) for stage in group.values())]
+    """The decoder, its stages if it is a pipeline, and the graphs beside it of a model that sees."""
+    model = config["model"]
+    decoder = model["decoder"]
+    stages = [stage for group in decoder.get("pipeline", ()) for stage in group.values()]
+    return [decoder, *stages, *(model[name] for name in _BESIDE if name in model)]
+
+
+def prepare(model: Any, pictures: Sequence[bytes]) -> Media:
+    """What a model that sees is given for pictures, PNG or JPEG, that have been checked before.
+
+    Each goes through the runtime's processor on its own: onnxruntime-genai 0.14.1 mixes up several that differ in size.
+
+    Args:
+        model: an ``onnxruntime_genai.Model``.
+    """
+    import onnxruntime_genai as og
+
+    processor = model.create_multimodal_processor()
+    found = [processor(_PLACEHOLDER, images=og.Images.open_bytes(picture)) for picture in pictures]
+    tokens = tuple(int(made["num_image_tokens"].as_numpy().sum()) for made in found)
+    grids = np.concatenate([made["image_grid_thw"].as_numpy() for made in found])
+    arrays = {
+        "pixel_values": np.concatenate([made["pixel_values"].as_numpy() for made in found]),
+        "image_grid_thw": grids.astype(np.int64),  # else numpy may have another type of 64 bits
+        "num_image_tokens": np.array([sum(tokens)], np.int64),
+    }
+    return Media(arrays, tokens)
+
+
+def pack(sounds: Arrays) -> dict[str, dict[str, Any]]:
+    """Arrays as JSON values: ``dtype``, ``shape``, and their bytes in base64."""
+
+    def packed(values: npt.NDArray[Any]) -> dict[str, Any]:
+        data = base64.b64encode(values.tobytes()).decode()
+        return {"dtype": str(values.dtype), "shape": list(values.shape), "data": data}
+
+    return {name: packed(values) for name, values in sounds.items()}
+
+
+def unpack(sounds: Mapping[str, Mapping[str, Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that `pack` has packed.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: they are no such arrays.
+    """
+    found = {}
+    for name, entry in sounds.items():
+        if name not in SOUNDS or entry["dtype"] != SOUNDS[name]:
+            raise ValueError(f"{name!r} of {entry['dtype']!r} is nothing that a tower is given")
+        data = np.frombuffer(base64.b64decode(entry["data"], validate=True), entry["dtype"])
+        found[name] = data.reshape([int(size) for size in entry["shape"]])
+    return found
+
+
+def feed(generator: Any, prompt: Sequence[int], media: Media | None = None) -> None:
+    """Give a prompt to a generator: ids, among them one for each feature of the pictures or sounds."""
+    ids = np.asarray(prompt, np.int32)
+    if media is None:
+        generator.append_tokens(ids)
+        return
+    import onnxruntime_genai as og
+
+    named = og.NamedTensors()
+    named["input_ids"] = ids[None]
+    for name, values in media.arrays.items():
+        named[name] = np.ascontiguousarray(values)
+    generator.set_inputs(named)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a ``golden.jsonl``: ``name``, ``prompt`` and ``tokens`` (ids), ``logprobs`` (nats, one a token).
 
-    Answers that were given with a LoRA adapter have its name besides (``adapter``).
+    Answers that were given with a LoRA adapter have its name besides (``adapter``). Those that show pictures have
+    ``images``, each a PNG in base64; those that let sounds be heard have ``sounds``, what the model's tower is given
+    (`pack`).
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it cannot be read, or is no transcript.
+        OSError, ValueError, LookupError, TypeError, AttributeError: it cannot be read, or is no transcript.
     """
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     for entry in entries:
@@ -149,6 +245,10 @@ def read(path: Path) -> list[dict[str, Any]]:
         numbers = entry["logprobs"]
         if len(numbers) != len(entry["tokens"]) or not all(isinstance(number, int | float) for number in numbers):
             raise ValueError("there is one log-probability a token")
+        for image in entry.get("images", ()):
+            if not base64.b64decode(image, validate=True).startswith(b"\x89PNG\r\n\x1a\n"):
+                raise ValueError("an image is no PNG")
+        _heard(entry)
         if not entry["prompt"]:
             raise ValueError("a prompt is empty")
         if "adapter" in entry and not _ADAPTER.fullmatch(entry["adapter"]):
@@ -158,8 +258,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _heard(entry: Mapping[str, Any]) -> Media | None:
+    arrays = unpack(entry.get("sounds", {}))
+    return Media(arrays, tuple(arrays["audio_sizes"].ravel().tolist())) if arrays else None
+
+
+def media_of(model: Any, entry: Mapping[str, Any]) -> Media | None:
+    """The pictures that an entry of a transcript shows, or its sounds."""
+    encoded = [base64.b64decode(image) for image in entry.get("images", ())]
+    return prepare(model, encoded) if encoded else _heard(entry)
+
+
 def scores(
-    model: Any, prompt: Sequence[int], tokens: Sequence[int], window: int = 1, adapter: tuple[Any, str] | None = None
+    model: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    window: int = 1,
+    adapter: tuple[Any, str] | None = None,
+    media: Media | None = None,
 ) -> tuple[list[int], list[float]]:
     """Let the model answer ``tokens`` after ``prompt``.
 
@@ -168,6 +284,7 @@ def scores(
         prompt, tokens: ids.
         window: tokens that a static model takes at a time; the runtime fills up the last ones of a prompt.
         adapter: an ``onnxruntime_genai.Adapters`` and the name in it of the one to answer with.
+        media: the pictures or sounds of the prompt.
 
     Returns:
         before each token, the id that the model ranks first, and the token's log-probability in nats.
@@ -180,7 +297,7 @@ def scores(
     generator = og.Generator(model, parameters)
     if adapter:
         generator.set_active_adapter(*adapter)  # before the first token: the cache must not be of two models
-    generator.append_tokens(np.asarray(prompt, np.int32))
+    feed(generator, prompt, media)
     first, logprobs = [], []
     for index, token in enumerate(tokens):
         logits = np.asarray(generator.get_logits(), np.float32)
@@ -237,8 +354,8 @@ def _replay(
     identical = right = total = 0
     differences: list[float] = []
     for entry in entries:
-        given = (adapter,) if adapter else ()
-        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, *given)
+        media = media_of(model, entry)
+        first, logprobs = scores(model, entry["prompt"], entry["tokens"], window, adapter, media)
         same = sum(a == b for a, b in zip(first, entry["tokens"], strict=True))
         identical += same == len(first)
         right, total = right + same, total + len(first)
@@ -292,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RuntimeError(problem)
         window = config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1)
         settings = og.Config(str(options.package))
-        configure(og, settings, provider_of(config), options.cpu, os.cpu_count() or 1)
+        configure(og, settings, config, options.cpu, os.cpu_count() or 1)
         begin = time.perf_counter()
         with chatter_aside():
             model = og.Model(settings)

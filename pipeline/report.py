@@ -212,11 +212,18 @@ def validation(data: Mapping[str, Any]) -> str:
     if data["finite"]:
         domains = data["decode"]["domains"].items()
         lines.append("mean KL by text: " + ", ".join(f"{name} {figures['mean_kl']:.4f}" for name, figures in domains))
+    if audio := data.get("audio"):
+        lines.append(f"answers on sounds: mean KL {audio['mean_kl']:.4f}, cosine {audio['feature_cosine']:.6f}")
     if npu := data.get("npu"):
         nodes = sum(sum(counts.values()) for counts in npu.get("compiled_from", npu["placement"]).values())
         lines.append(
             f"compiled for {npu['soc']} from {nodes} nodes, none of them on the processor;\nlogits within "
             f"{npu['largest_difference']:.3g} of the uncompiled graphs' (largest {npu['largest_logit']:.3g})"
+        )
+    if found := data.get("images"):
+        lines.append(
+            f"pictures: features within cosine {found['feature_cosine']:.4f}, "
+            f"mean KL of answers {found['mean_kl']:.4f}, top-1 {found['top1']:.1%}"
         )
     same = [answer["name"] for answer in data["greedy"]["answers"] if answer["first_divergence"] is None]
     lines.append(f"greedy answers identical to the reference's: {len(same)} of {len(data['greedy']['answers'])}")

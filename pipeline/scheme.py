@@ -61,6 +61,12 @@ Embedding = Annotated[
 ]
 
 
+Tower = Annotated[
+    Annotated[Literal["float"], Tag("a word")] | Annotated[WeightScheme, Tag("a scheme")],
+    Discriminator(_embedding_kind),
+]
+
+
 class Scheme(Frozen):
     """How a model is quantized.
 
@@ -74,6 +80,8 @@ class Scheme(Frozen):
         body: the scheme of all projections and experts that nothing else names.
         head: the scheme of the output head.
         embedding: ``shared`` (gather from the quantized head), ``float``, or a scheme.
+        vision: of a model that sees, the scheme of the products in its vision tower; ``float`` keeps them.
+        audio: of a model that hears, the same for its audio tower.
         overrides: exceptions for single weights.
         exclude: patterns of weights that stay as exported.
         calibration_windows: windows of 512 tokens of calibration text that ``gptq`` and ``static`` read.
@@ -85,6 +93,8 @@ class Scheme(Frozen):
     body: WeightScheme | None = None
     head: WeightScheme | None = None
     embedding: Embedding = "float"
+    vision: Tower = "float"
+    audio: Tower = "float"
     overrides: tuple[Override, ...] = ()
     exclude: tuple[str, ...] = ()
     calibration_windows: Annotated[int, Field(ge=1, le=64)] = 16
@@ -137,6 +147,7 @@ class Scheme(Frozen):
                 found.append((("embedding",), f"algorithm {self.algorithm} leaves the embedding in float"))
         if self.algorithm == "static" and self.embedding == "shared":
             found.append((("embedding",), "the head is compiled, and cannot be shared: use `float` or a scheme"))
+        found += self._towers()
         found += self._whole_channels()
         found += self._share_of_4_bits()
         if self.algorithm == "k_quant":
@@ -149,6 +160,16 @@ class Scheme(Frozen):
         if self.options and self.algorithm in ("gptq", "min_error", "w8a8", "none"):
             found.append((("options",), f"algorithm {self.algorithm} takes no options"))
         return found
+
+    def _towers(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        for key in ("vision", "audio"):
+            scheme = getattr(self, key)
+            if scheme == "float":
+                continue
+            if not self.block_wise:
+                yield (key,), f"algorithm {self.algorithm} leaves the {key} tower in float"
+            elif scheme.block_size == -1:
+                yield (key, "block_size"), f"the {key} tower is quantized in blocks: give a block size"
 
     def _share_of_4_bits(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """NNCF's ``ratio``, which Olive looks at only when the pass runs."""

@@ -51,7 +51,7 @@ def measure(
     """
     import torch
 
-    model = reference.model
+    model = reference.text
     body = model.model
     given = torch.tensor([list(row) for row in ids])
     found: dict[str, float] = {}
@@ -93,7 +93,7 @@ def measure(
 def replace(reference: Reference, weights: Mapping[str, Values]) -> None:
     """Put all of ``weights`` into the reference at once, for good."""
     for path, values in weights.items():
-        modules = _modules(reference.model, path)
+        modules = _modules(reference.text, path)
         _replace(modules, values())
 
 
@@ -103,9 +103,8 @@ def log_probabilities(reference: Reference, ids: Sequence[Sequence[int]]) -> npt
 
     with torch.inference_mode():
         given = torch.tensor([list(row) for row in ids])
-        found: npt.NDArray[np.float32] = _log_probabilities(
-            reference.model, _states(reference.model.model, given)[-1]
-        ).numpy()
+        model = reference.text
+        found: npt.NDArray[np.float32] = _log_probabilities(model, _states(model.model, given)[-1]).numpy()
         return found
 
 

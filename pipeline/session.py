@@ -51,6 +51,12 @@ class Session:
         return -(-tokens // self.window) * self.window
 
     @property
+    def image_token(self) -> int | None:
+        """Id of the token that stands for a feature of a picture; none of a model that does not see."""
+        model = self.config["model"]
+        return int(model["image_token_id"]) if "vision" in model and "speech" not in model else None
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return int(self.config["model"]["vocab_size"])
@@ -96,17 +102,18 @@ def open_package(package: Path, threads: int | None = None, provider: str = "") 
         config = json.loads((package / "genai_config.json").read_bytes())
         facts = [config["model"][name] for name in ("context_length", "vocab_size", "eos_token_id")]
         own = provider_of(config)
+        graphs = graphs_of(config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{package} has no readable genai_config.json", why=repr(error)) from None
     if None in facts:
         raise PackageError(f"{package} has no readable genai_config.json", why="a size or the end token is null")
-    if absent := [name for name in graphs_of(config) if not (package / name).is_file()]:
+    if absent := [name for name in graphs if not (package / name).is_file()]:
         raise PackageError(f"{package} cannot be loaded", why=f"{', '.join(absent)} is not there")
     if problem := unrunnable(package, config, provider):
         raise RuntimeMissing(f"{package} cannot be run here", why=problem, fix="run it on the chip it is compiled for")
     try:
         settings = og.Config(str(package))
-        configure(og, settings, own, provider == "cpu", threads)
+        configure(og, settings, config, provider == "cpu", threads)
         with chatter_aside():
             model = og.Model(settings)
     except Exception as error:  # the binding raises bare exceptions of the C++ side

@@ -98,7 +98,7 @@ def package_bytes(shape: Shape, scheme: Scheme, floats: int, tower: Tower | None
 
     Args:
         floats: bits of a weight that is not quantized, and of scales.
-        tower: stays as it is, in 16 bits.
+        tower: stays as it is.
     """
     numbered = any(re.search(r"\d", item.match) for item in scheme.overrides)
     bits = 0.0
@@ -107,7 +107,7 @@ def package_bytes(shape: Shape, scheme: Scheme, floats: int, tower: Tower | None
             continue
         stored = scheme.of_weight(weight.path, weight.role)
         bits += weight.count * weight.rows * weight.columns * _bits(weight, scheme, stored, floats)
-    return int(bits) // 8 + (2 * tower.parameters if tower else 0)
+    return int(bits) // 8 + (floats * tower.parameters // 8 if tower else 0)
 
 
 def _bits(weight: Weight, scheme: Scheme, stored: WeightScheme | None, floats: int) -> float:

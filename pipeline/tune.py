@@ -13,6 +13,7 @@ from pipeline import allocation, candidates, files, plan, recipe, runner
 from pipeline.allocation import Option
 from pipeline.candidates import Candidates
 from pipeline.errors import GateError, RecipeError, UsageError
+from pipeline.family import FAMILIES
 from pipeline.recipe import Loaded, Objective
 from pipeline.report import Reporter
 from pipeline.store import Store
@@ -69,6 +70,14 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
             why="what single experts lose is not measured: that would take the whole model thousands of times",
             fix="give the experts of single layers more bits with `overrides`",
         )
+    shape = plan.shape_of(loaded)
+    if shape and FAMILIES[shape.model_type].sees:
+        raise RecipeError(
+            f"schemes of {FAMILIES[shape.model_type].title} are not tuned",
+            where=str(loaded.path),
+            why="what a weight loses is measured on models of text alone",
+            fix="give the weights that matter more bits in `quantize.overrides`",
+        )
     if not any(objective.model_dump().values()):
         raise UsageError(
             "there is nothing to tune for",
@@ -121,7 +130,8 @@ def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """
     scheme = loaded.recipe.quantize
     shares = [share for gate in report["gates"] if not gate["passed"] for share in _share(gate)]
-    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares or _mixed(loaded):
+    untold = _mixed(loaded) or "images" in report
+    if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares or untold:
         return ""
     measured = max(report[path]["mean_kl"] for path in ("prefill", "decode"))
     wanted = _NEAR * min(shares) * measured

@@ -6,6 +6,7 @@ data; and only then, where asked for, is the model loaded and its golden transcr
 
 from __future__ import annotations
 
+import base64
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +51,7 @@ _DECODER = {
     "inputs": dict,
     "outputs": dict,
 }
+_BESIDE = {"session_options": _SESSION, "filename": str, "inputs": dict, "outputs": dict}
 _CONFIG: dict[str, Any] = {
     "model": {
         "type": str,
@@ -59,6 +61,18 @@ _CONFIG: dict[str, Any] = {
         "context_length": int,
         "vocab_size": int,
         "decoder": _DECODER,
+        "embedding": _BESIDE,
+        "vision": {
+            **_BESIDE,
+            "config_filename": str,
+            "spatial_merge_size": int,
+            "patch_size": int,
+            "tokens_per_second": (int, float),
+        },
+        "speech": _BESIDE,
+        "image_token_id": int,
+        "video_token_id": int,
+        "vision_start_token_id": int,
     },
     "search": {
         "chunk_size": int,
@@ -78,6 +92,19 @@ _CONFIG: dict[str, Any] = {
         "top_p": (int, float),
     },
 }
+# What prepares a picture: each transform with its options. The runtime knows more, and some of them read files.
+_NUMBER = (int, float)
+_TRANSFORMS: dict[str, dict[str, Any]] = {
+    "DecodeImage": {"color_space": str},
+    "ConvertRGB": {},
+    "Resize": dict.fromkeys(
+        ("width", "height", "smart_resize", "min_pixels", "max_pixels", "patch_size", "merge_size"), int
+    ),
+    "Rescale": {"rescale_factor": _NUMBER},
+    "Normalize": {"mean": [_NUMBER], "std": [_NUMBER], "qwen2_5_vl": int, "qwen3_vl": int},
+    "PatchImage": dict.fromkeys(("patch_size", "temporal_patch_size", "merge_size"), int),
+}
+PROCESSOR = "processor_config.json"
 # Options of providers, none of which names a file that the runtime would load.
 _PROVIDERS = {
     "cuda": ("enable_cuda_graph", "enable_skip_layer_norm_strict_mode"),
@@ -201,6 +228,12 @@ def check_config(package: Path) -> None:
         decoder = model.get("decoder")
         windowed = isinstance(decoder, dict) and "sliding_window" in decoder
         needed = (*_NEEDED, "pad_token_id") if windowed else _NEEDED
+        if "speech" in model:
+            needed = (*needed, "pad_token_id", "embedding", "vision")
+        elif "vision" in model:
+            # Without these the runtime computes something else, and says nothing.
+            needed = (*needed, "pad_token_id", "embedding", "image_token_id", "vision_start_token_id")
+            problems += _processor_problems(package)
         problems += [f"`model.{name}` is missing" for name in needed if name not in model]
     if problems:
         raise PackageError(
@@ -209,6 +242,31 @@ def check_config(package: Path) -> None:
             why="; ".join(problems),
             fix="do not load it: some keys make the runtime load native code",
         )
+
+
+def _processor_problems(package: Path) -> list[str]:
+    """What is wrong with the transforms that prepare pictures."""
+    try:
+        config = read_json(package / PROCESSOR)
+        if set(config) != {"processor"} or set(config["processor"]) != {"name", "transforms"}:
+            raise ValueError("it has other keys than a processor's")
+        for entry in config["processor"]["transforms"]:
+            operation = entry["operation"]
+            known = _TRANSFORMS.get(operation["type"])
+            if set(entry) != {"operation"} or not set(operation) <= {"name", "type", "attrs"} or known is None:
+                raise ValueError(f"the transform {operation['type']!r} is not known to be safe")
+            for name, value in operation.get("attrs", {}).items():
+                if name not in known or not _is_option(value, known[name]):
+                    raise ValueError(f"the option {name!r} of {operation['type']} is not known, or has the wrong type")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{PROCESSOR}: {error}"]
+    return []
+
+
+def _is_option(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is_option(item, kind[0]) for item in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
@@ -267,7 +325,10 @@ def _is_provider(entry: Any) -> bool:
 
 
 def _graph_problems(name: str, key: str) -> Iterator[str]:
-    if not is_file_name(name):
+    if key.endswith("config_filename"):
+        if name != PROCESSOR:
+            yield f"`{key}` is {name!r}, not {PROCESSOR!r}"
+    elif not is_file_name(name):
         yield f"`{key}` leaves the package: {name!r}"
     elif not name.endswith(".onnx"):  # else its external data would not be checked
         yield f"`{key}` does not end in .onnx: {name!r}"
@@ -363,20 +424,23 @@ def replay(package: Path, provider: str = "") -> dict[str, Any]:
         PackageError: the transcript or the model cannot be loaded, or the device is out of tolerance.
         RuntimeMissing: the package's provider is not to be had here.
     """
-    from pipeline import adapters, generate, session
+    from pipeline import adapters, generate, images, session
     from pipeline import replay as transcript
 
     try:
         entries = transcript.read(package / GOLDEN)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise PackageError(f"{GOLDEN} cannot be read", where=str(package / GOLDEN), why=str(error)) from None
     opened = session.open_package(package, provider=provider)
     try:
         for entry in entries:
-            generate.check_answer(opened, entry["prompt"], entry["tokens"])
+            for image in entry.get("images", ()):
+                images.check(base64.b64decode(image), GOLDEN)
+            media = transcript.media_of(opened.model, entry)
+            generate.check_answer(opened, entry["prompt"], entry["tokens"], media)
         for name in sorted({entry["adapter"] for entry in entries if "adapter" in entry}):
             adapters.activate(opened, adapters.find(package, name))
-    except UsageError as error:
+    except (UsageError, RuntimeError) as error:
         raise PackageError(f"{GOLDEN} is no transcript of this model", why=str(error)) from None
     result = transcript.replay(opened.model, entries, opened.window, package)
     tolerance = {**transcript.DEFAULT, **read_manifest(package).data.get("replay", {})}

@@ -26,3 +26,15 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / model_type, model_type, tied)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def vision_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The same of a model that sees, ``(model_type, tied=False, nested=False) -> folder``."""
+    from tiny_vision import tiny_vision_checkpoint
+
+    @cache
+    def made(model_type: str, tied: bool = False, nested: bool = False) -> Path:
+        return tiny_vision_checkpoint(tmp_path_factory.mktemp("checkpoint") / model_type, model_type, tied, nested)
+
+    return made

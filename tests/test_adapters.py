@@ -212,6 +212,7 @@ def test_validation_notices_an_adapter_that_is_ignored_or_is_another_one_however
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from pipeline import text_agreement
     from pipeline.stages import validate
 
     checkpoint = checkpoint_of("qwen2")
@@ -220,11 +221,13 @@ def test_validation_notices_an_adapter_that_is_ignored_or_is_another_one_however
     torch_model, activate = reference.load(checkpoint), adapters.activate
     gates = {"mean_kl": 0.3, "top1": 0.7, "perplexity_ratio": 1.5}
     spec = recipe.Validate.model_validate({"greedy_tokens": 2, "answers": 1, "gates": gates})
-    windows = [validate.Window("code", IDS), validate.Window("math", IDS[::-1])]
+    windows = [text_agreement.Window("code", IDS), text_agreement.Window("math", IDS[::-1])]
 
     def failed(package: Path) -> set[tuple[str, str]]:
         opened = sessions.open_package(package, 1)
-        found = validate._adapter(torch_model, (opened, opened), package, "first", windows, spec, [], lambda _: None)
+        found = text_agreement.adapter_agreement(
+            torch_model, (opened, opened), package, "first", windows, spec, [], lambda _: None
+        )
         rest = {"finite": True, "prefill": found["prefill"], "decode": found["decode"], "greedy": found["greedy"]}
         same = {"eos": {"ids": [], "reference_ids": []}, **{key: {"runtime": [], "served": []} for key in PARITY}}
         every = validate.gates({**rest, **same, "adapters": {"first": found}}, spec.gates)

@@ -14,6 +14,7 @@ import pytest
 from pipeline import checkpoint, checkpoint_files
 from pipeline.errors import CheckpointError
 from pipeline.family import read_shape
+from pipeline.multimodal import Layout
 
 _CONFIG: dict[str, Any] = {
     "model_type": "qwen2",
@@ -48,7 +49,7 @@ def _bytes(
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
-_TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here")))
+_TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here"), Layout()))
 
 
 @pytest.fixture

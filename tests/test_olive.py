@@ -302,10 +302,10 @@ def test_progress_of_our_own_pass_names_the_weights(exported: Exports, tmp_path:
 def test_every_position_can_be_measured_whatever_became_of_the_head(
     name: str, exported: Exports, torch_model: Any, tmp_path: Path
 ) -> None:
-    from pipeline.stages import validate
+    from pipeline import text_agreement
 
     made = run_quantize(exported("qwen2", "genai"), tmp_path / "out", **ALGORITHMS[name][0])
-    twin = sessions.open_package(validate._whole_prompt_twin(made.path, tmp_path / "twin"))
+    twin = sessions.open_package(text_agreement.whole_prompt_twin(made.path, tmp_path / "twin"))
     ids = torch_model("qwen2").tokenizer(PROMPT)["input_ids"]
     found = generate.prefill_logits(twin, ids)
     assert len(found) == len(ids)
@@ -318,7 +318,7 @@ def test_every_position_can_be_measured_whatever_became_of_the_head(
 def test_gptq_is_nearer_to_the_reference_than_rounding_and_makes_the_same_bytes_again(
     case: tuple[str, str], exported: Exports, torch_model: Any, tmp_path: Path
 ) -> None:
-    from pipeline.stages import validate
+    from pipeline import text_agreement
 
     model = torch_model(case[0])
     ids = model.tokenizer(texts.EVALUATION.read()["english"], verbose=False)["input_ids"][:400]
@@ -326,7 +326,7 @@ def test_gptq_is_nearer_to_the_reference_than_rounding_and_makes_the_same_bytes_
     kl = {}
     for algorithm in ("min_error", "gptq"):
         made = run_quantize(exported(*case), tmp_path / algorithm, algorithm=algorithm, body=scheme(4))
-        twin = sessions.open_package(validate._whole_prompt_twin(made.path, tmp_path / f"{algorithm}-twin"))
+        twin = sessions.open_package(text_agreement.whole_prompt_twin(made.path, tmp_path / f"{algorithm}-twin"))
         found = metrics.log_softmax(generate.prefill_logits(twin, ids))
         kl[algorithm] = float(metrics.kl_divergence(wanted, found).mean())
     assert kl["gptq"] < 0.8 * kl["min_error"]

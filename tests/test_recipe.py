@@ -496,6 +496,8 @@ quantize:
   algorithm: rtn
   head: {SCHEME}
   embedding: {SCHEME}
+  vision: {SCHEME}
+  audio: float
   overrides: [{{match: "*.v_proj", scheme: {SCHEME}}}]
   exclude: ["*.q_proj"]
   calibration_windows: 8

@@ -60,6 +60,8 @@ MALFORMED: dict[str, tuple[str, str]] = {
     "a decimal id": (lines({**GOOD, "tokens": [3, 4.0]}), "token ids are whole numbers"),
     "a flag for an id": (lines({**GOOD, "prompt": [True]}), "token ids are whole numbers"),
     "nothing for tokens": (lines({**GOOD, "tokens": None}), "token ids are whole numbers"),
+    "an image that is no PNG": (lines({**GOOD, "images": ["R0lGODlh"]}), "an image is no PNG"),
+    "an image that is no base64": (lines({**GOOD, "images": ["?"]}), "Error"),
 }
 
 
@@ -100,7 +102,7 @@ def test_figures_are_over_all_tokens_and_a_broken_device_is_infinitely_far(monke
     answers = iter([([3, 9, 5], [-1.0, -1.4, -1.0]), ([6], [-1.0])])
     monkeypatch.setattr(replay, "scores", lambda *_: next(answers))
     assert replay.replay(None, entries) == {"prompts": 2, "identical": 1, "tokens": 4, "top1": 0.75, "logprob": 0.1}
-    monkeypatch.setattr(replay, "scores", lambda _, __, tokens, ___: (list(tokens), [math.nan] * len(tokens)))
+    monkeypatch.setattr(replay, "scores", lambda _, __, tokens, *___: (list(tokens), [math.nan] * len(tokens)))
     found = replay.replay(None, entries)
     assert found["logprob"] == math.inf
     assert replay.verdict(found, TOLERANCE)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import metrics, parity, report, texts
+from pipeline import metrics, parity, report, text_agreement, texts
 from pipeline.agreement import Tally
 from pipeline.errors import StageError
 from pipeline.recipe import Gates, Validate
@@ -151,14 +151,14 @@ def characters(text: str, **_: Any) -> dict[str, list[int]]:
 
 
 def test_windows_take_turns_and_do_not_overlap() -> None:
-    windows = validate.cut(characters, 8, 20)
+    windows = text_agreement.cut(characters, 8, 20)
     assert [window.domain for window in windows] == ["code", "english", "chinese", "math"] * 2
     assert windows[0].ids[-1] + 1 == windows[4].ids[0]
 
 
 def test_more_windows_than_there_is_text_are_refused() -> None:
     with pytest.raises(StageError, match="fewer than 64 windows of 2048 tokens"):
-        validate.cut(characters, 64, 2048)
+        text_agreement.cut(characters, 64, 2048)
 
 
 def _extended(folder: Path, **spec: int) -> dict[str, int]:

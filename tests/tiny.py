@@ -81,7 +81,7 @@ def tiny_checkpoint(folder: Path, model_type: str, tied: bool = False, seed: int
     from transformers import GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder, thinks=model_type == "qwen3")
+    tokenizer = make_tokenizer(folder, thinks=model_type == "qwen3")
     end, end_of_text = tokenizer.convert_tokens_to_ids([END, END_OF_TEXT])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -119,9 +119,23 @@ def _model(model_type: str, tied: bool, used: int, tokens: dict[str, int]) -> An
     if model_type == "qwen2_moe":
         sizes |= {"shared_expert_intermediate_size": 96, "num_hidden_layers": 3, "mlp_only_layers": [1]}
     model = model_class(config_class(**sizes, **tokens)).eval()
+    fill(model)
+    with torch.no_grad():
+        if tied:
+            # Else a token's own embedding would be the nearest to what it led to, and every answer one token for ever.
+            model.model.norm.weight.mul_(torch.randint(0, 2, (64,)) * 2 - 1)
+        else:
+            point(model, used)
+    return model
+
+
+def fill(model: Any) -> None:
+    """Random weights of the sizes that training leaves."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if parameter.dim() == 1 and "norm" in name and name.endswith("weight"):
                 parameter.uniform_(0.7, 1.3)
             elif parameter.dim() == 1:
                 parameter.normal_(0.0, 0.1)
@@ -130,17 +144,17 @@ def _model(model_type: str, tied: bool, used: int, tokens: dict[str, int]) -> An
             elif name.endswith("mlp.gate.weight"):
                 parameter.normal_(0.0, 4 * parameter.shape[1] ** -0.5)  # routers are as sure as trained ones
             else:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-        if tied:
-            # Else a token's own embedding would be the nearest to what it led to, and every answer one token for ever.
-            model.model.norm.weight.mul_(torch.randint(0, 2, (64,)) * 2 - 1)
-        else:
-            # Each token points at another one: what follows depends on what came, and one token stands out.
-            following = torch.randperm(used)
-            pointed = model.model.embed_tokens.weight[following]
-            model.lm_head.weight.mul_(0.5)
-            model.lm_head.weight[:used] += pointed
-    return model
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+
+
+def point(model: Any, used: int) -> None:
+    """Let each token point at another one: what follows depends on what came, and one token stands out."""
+    import torch
+
+    with torch.no_grad():
+        pointed = model.get_input_embeddings().weight[torch.randperm(used)]
+        model.lm_head.weight.mul_(0.5)
+        model.lm_head.weight[:used] += pointed
 
 
 def tiny_qwen1(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -154,7 +168,7 @@ def tiny_qwen1(folder: Path, seed: int = 0, **changes: Any) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = tiktoken_ranks(_tokenizer(folder, thinks=False).backend_tokenizer)
+    ranks = tiktoken_ranks(make_tokenizer(folder).backend_tokenizer)
     for path in folder.iterdir():
         path.unlink()
     (folder / "qwen.tiktoken").write_bytes(tiktoken_file(ranks))
@@ -234,7 +248,9 @@ def tiktoken_file(tokens: list[bytes]) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def _tokenizer(folder: Path, thinks: bool) -> Any:
+def make_tokenizer(
+    folder: Path, thinks: bool = False, more: tuple[str, ...] = (), template: str = CHAT_TEMPLATE
+) -> Any:
     """Train a byte-level BPE tokenizer and save it as Qwen's class; any text encodes, for all bytes are in it."""
     from tokenizers import (
         AddedToken,
@@ -249,7 +265,7 @@ def _tokenizer(folder: Path, thinks: bool) -> Any:
     )
     from transformers import Qwen2TokenizerFast
 
-    special = [END_OF_TEXT, START, END]
+    special = [END_OF_TEXT, START, END, *more]
     plain = [THINK, THOUGHT] if thinks else []  # tokens of their own, and no control tokens
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
@@ -277,6 +293,6 @@ def _tokenizer(folder: Path, thinks: bool) -> Any:
     )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
     assert len(tokenizer) <= VOCABULARY
-    tokenizer.chat_template = THINKING_TEMPLATE if thinks else CHAT_TEMPLATE
+    tokenizer.chat_template = THINKING_TEMPLATE if thinks else template
     tokenizer.save_pretrained(folder)
     return tokenizer

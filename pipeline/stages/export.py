@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline import (
+    audio_tower,
+    checkpoint_files,
     decoder_graph,
     exporter,
     graph,
@@ -38,6 +40,7 @@ SIDECARS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    audio_tower.PREPROCESSOR,
 )
 
 
@@ -104,11 +107,15 @@ def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Pro
     """A graph of our own, written a weight at a time."""
     import onnx
 
+    family = checkpoint_files.family_of(source)
+    if family.multimodal and spec.rotate:
+        raise StageError("a model that sees or hears cannot be rotated", where="export.rotate", fix="remove `rotate`")
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
     progress(0.3, "writing weights")
     model = exporter.export_native(given, out_dir, dtype, spec.experts != "dense")
     if spec.last_token_head:
-        graph.prune_head(model, 1 + (spec.draft_tokens or 0))
+        # Drafts come from a text's own words, and the runtime verifies none against a picture.
+        graph.prune_head(model, 1 if family.sees else 1 + (spec.draft_tokens or 0))
     onnx.save(model, str(out_dir / "model.onnx"))
     shutil.rmtree(out_dir / "rotated", ignore_errors=True)
     _copy_sidecars(source, out_dir)

@@ -6,7 +6,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import calibration, olive, openvino, quantizer, static_quantizer
+from pipeline import (
+    calibration,
+    checkpoint_files,
+    media_quantizer,
+    olive,
+    openvino,
+    quantizer,
+    static_quantizer,
+)
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import StageError
 from pipeline.retrieval_config import CONFIG
@@ -21,7 +29,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         StageError: a pass failed, yielded nothing, or changed what it must not.
         RecipeError: a pass does not take an option, or a pattern matches no weight.
     """
-    fields = {key: step.fields[key] for key in Scheme.model_fields}
+    fields = {key: step.fields[key] for key in Scheme.model_fields if key in step.fields}
     scheme = Scheme.model_validate(fields, strict=False)
     if scheme.algorithm in olive.PASSES:
         olive.check_options(scheme.algorithm, scheme.options, "quantize.options")
@@ -35,6 +43,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     elif scheme.algorithm == "nncf":
         progress(0.1, "Olive with NNCF, in its own environment")
         facts = openvino.compress(source, out_dir, scheme)
+    elif checkpoint_files.family_of(checkpoint).multimodal:
+        facts = media_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
     else:
         facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate, task.roles)
     for path in sorted(source.iterdir()):

@@ -4,62 +4,39 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from pipeline import (
-    adapters,
+    audio_agreement,
     chat,
+    checkpoint_files,
     expert_agreement,
-    files,
-    generate,
-    graph,
     long_context,
-    metrics,
-    npu_agreement,
-    openvino,
+    media_agreement,
     parity,
     positions,
     reference,
-    replay,
     retrieval_agreement,
+    text_agreement,
     texts,
+    vision_agreement,
 )
 from pipeline import session as sessions
-from pipeline.adapter_files import ENDING
-from pipeline.agreement import Tally, gate
+from pipeline.agreement import gate
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, candidate, graph_files
 from pipeline.errors import GateError, StageError
 from pipeline.recipe import Gates, Validate
 from pipeline.reference import Reference
 from pipeline.session import Session
 from pipeline.task import GENERATE, TASKS
-from pipeline.texts import Conversation
+from pipeline.text_agreement import Window
 from pipeline.thinking import VARIABLE
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
-
-# A package that answers this many times longer than a reference that came to an end has lost its end token.
-_RUNAWAY = 2
-# Each adapter is held against a window of each domain. How much of its effect the package shows is measured on the
-# beginnings of these. In 4 bits it is 0.96 to 1.0, and 0.83 where the effect is hardly there (KL 0.001). An adapter
-# that is ignored gives 0, one of another scale that scale; the gates on KL notice any other one with a large effect.
-_ADAPTER_WINDOWS, _EFFECT_TOKENS = 4, 64
-_EFFECT = (0.6, 1.5)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of evaluation text."""
-
-    domain: str
-    ids: list[int]
+# How answers about pictures and on sounds are measured, by their section of the report.
+_MEDIA = {"images": vision_agreement, "audio": audio_agreement}
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:
@@ -76,7 +53,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     task = TASKS[step.fields.get("task", GENERATE)]
     progress(0.0, "loading the reference")
     torch_model = reference.load(inputs["checkpoint"].path)
-    windows = cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
+    windows = text_agreement.cut(torch_model.tokenizer, spec.windows, spec.window_tokens)
     report = _header(step, inputs, len(windows), spec.window_tokens)
     if task.generates:
         report |= _generation(step, inputs, torch_model, spec, windows, out_dir, progress)
@@ -139,13 +116,15 @@ def _generation(
     golden: list[dict[str, Any]] = []
     try:
         if "compile" in inputs:
-            report |= _compiled_agreement(torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress)
+            report |= text_agreement.compiled_agreement(
+                torch_model, inputs, step.fields["soc"], spec, windows, scratch, progress
+            )
         else:
-            twin = _twin(session, scratch)
-            whole = _whole_prompts(twin)
+            twin = text_agreement.twin(session, scratch)
+            whole = text_agreement.whole_prompts(twin)
             part = 0.75 / (1 + len(own))
             with expert_agreement.Recorder(torch_model) as seen:
-                report |= _agreement(
+                report |= text_agreement.agreement(
                     torch_model, session, whole, windows, lambda done, what: progress(0.05 + part * done, what)
                 )
             if seen.mixtures:
@@ -163,13 +142,17 @@ def _generation(
         report["finite"] = True
     shutil.rmtree(out_dir.parent / "experts", ignore_errors=True)
     progress(0.85 if "compile" not in inputs else 0.65, "greedy answers")
-    report |= _answers(torch_model, session, conversations[: spec.answers], spec.greedy_tokens, golden)
+    some = conversations[: spec.answers]
+    report |= text_agreement.answers(torch_model, session, some, spec.greedy_tokens, golden)
     if own:
         told = partial(progress, 0.85)
         report["adapters"] = {
-            name: _adapter(torch_model, (session, twin), inputs["adapters"].path, name, windows, spec, golden, told)
+            name: text_agreement.adapter_agreement(
+                torch_model, (session, twin), inputs["adapters"].path, name, windows, spec, golden, told
+            )
             for name in own
         }
+    report |= _media(torch_model, session, inputs["checkpoint"].path, spec, golden, progress)
     shutil.rmtree(scratch, ignore_errors=True)
     _write_golden(golden, out_dir)
     progress(0.95, "tokenizer and chat template")
@@ -179,6 +162,29 @@ def _generation(
     return report
 
 
+def _media(
+    torch_model: Reference,
+    session: Session,
+    checkpoint: Path,
+    spec: Validate,
+    golden: list[dict[str, Any]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Answers about pictures or on sounds, of a model that sees or hears; the package's are added to ``golden``."""
+    family = checkpoint_files.family_of(checkpoint)
+    section = "images" if family.sees else "audio" if family.hears else ""
+    if not section:
+        return {}
+    try:
+        figures, entries = _MEDIA[section].measure(
+            torch_model, session, checkpoint, spec.greedy_tokens, lambda _, what: progress(0.9, what)
+        )
+    except ValueError as error:
+        return {"finite": False, "failure": f"{section}: {error}"}
+    golden += entries
+    return {section: figures}
+
+
 def _extended(checkpoint: Path, session: Session, spec: Validate) -> dict[str, int]:
     """Of a checkpoint whose positions are scaled: its ``original`` window, ``context``, what is ``measured`` (tokens).
 
@@ -186,6 +192,7 @@ def _extended(checkpoint: Path, session: Session, spec: Validate) -> dict[str, i
         StageError: the long text does not fit the context, or ends within the original window.
     """
     config = json.loads((checkpoint / "config.json").read_bytes())
+    config = config.get("text_config", config)
     reach = positions.read(config, config.get("max_position_embeddings") or positions.DEFAULT, str(checkpoint))
     if spec.long_tokens and spec.long_tokens >= session.context_length:
         raise StageError(
@@ -210,200 +217,6 @@ def _extended(checkpoint: Path, session: Session, spec: Validate) -> dict[str, i
     }
 
 
-def cut(tokenizer: Any, count: int, length: int) -> list[Window]:
-    """``count`` windows of ``length`` tokens from the evaluation text, the domains taking turns.
-
-    Raises:
-        StageError: the text is too short.
-    """
-    corpus = texts.EVALUATION.read()
-    ids = {domain: tokenizer(text, add_special_tokens=False)["input_ids"] for domain, text in corpus.items()}
-    windows = []
-    for index in range(count):
-        turn, domain = divmod(index, len(ids))
-        name = list(ids)[domain]
-        part = ids[name][turn * length : (turn + 1) * length]
-        if len(part) < length:
-            raise StageError(
-                f"the evaluation text holds fewer than {count} windows of {length} tokens",
-                where="validate.windows, validate.window_tokens",
-                why=f"its {name} part has {len(ids[name])} tokens",
-                fix="ask for fewer or shorter windows",
-            )
-        windows.append(Window(name, part))
-    return windows
-
-
-def _whole_prompts(twin: Session) -> Callable[[Sequence[int]], npt.NDArray[np.float32]]:
-    """What gives logits ``[T, V]`` for all tokens of a prompt at once."""
-    if replay.provider_of(twin.config) == "OpenVINO":
-        return partial(openvino.prompt_logits, twin.package)
-    return partial(generate.prefill_logits, twin)
-
-
-def _twin(session: Session, scratch: Path) -> Session:
-    """The package, or where its head sees the last token only, its twin whose head sees all of them."""
-    if replay.provider_of(session.config) == "OpenVINO":
-        return session
-    twin = _whole_prompt_twin(session.package, scratch)
-    if twin == session.package:
-        return session
-    return sessions.open_package(twin, provider="cpu" if session.provider == "cpu" else "")
-
-
-def _whole_prompt_twin(package: Path, folder: Path) -> Path:
-    """The package with logits for all tokens of a prompt: the same weights, byte for byte, less one Slice node.
-
-    The head of a package sees the last token only; measuring every position through it would take a prefill each.
-    """
-    import onnx
-
-    model = graph.load(package / "model.onnx")
-    if not graph.unprune_head(model):
-        return package
-    folder.mkdir()
-    onnx.save(model, str(folder / "model.onnx"))
-    for path in package.iterdir():
-        if path.is_file() and path.name != "model.onnx":
-            files.link(path, folder / path.name)
-    return folder
-
-
-def _agreement(
-    torch_model: Reference,
-    session: Session,
-    whole: Callable[[Sequence[int]], npt.NDArray[np.float32]],
-    windows: Sequence[Window],
-    progress: Progress,
-) -> dict[str, Any]:
-    """Figures of the prefill (by ``whole``) and the decode path, over all windows and by domain."""
-    prefill, decode = Tally(), Tally()
-    last_token_error = 0.0
-    for index, window in enumerate(windows):
-        progress(index / len(windows), f"window {index + 1} of {len(windows)} ({window.domain})")
-        wanted = metrics.log_softmax(torch_model.logits(window.ids))
-        found = whole(window.ids)
-        prefill.add(window.domain, wanted, found, window.ids)
-        last = generate.prefill_logits(session, window.ids)[-1]
-        last_token_error = max(last_token_error, _largest_difference(last, found[-1]))
-        decode.add(window.domain, wanted, generate.decode_logits(session, window.ids), window.ids)
-    return {
-        path: {**tally.figures(), "domains": {domain: tally.figures(domain) for domain in tally.domains}}
-        for path, tally in (("prefill", prefill), ("decode", decode))
-    } | {"last_token_prefill_error": round(last_token_error, 6)}
-
-
-def _adapter(
-    torch_model: Reference,
-    opened: tuple[Session, Session],
-    folder: Path,
-    name: str,
-    windows: Sequence[Window],
-    spec: Validate,
-    golden: list[dict[str, Any]],
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """Figures of the package with an adapter against the reference to which peft has applied it, and its answers.
-
-    ``effect`` tells how much of what the adapter changes in the reference it changes in the package: the divergence
-    alone would not tell a slight adapter from one that is ignored.
-
-    Args:
-        opened: the package, and its twin for whole prompts.
-        folder: of the stage that made the adapter's file.
-    """
-    file, few = folder / f"{name}{ENDING}", windows[:_ADAPTER_WINDOWS]
-    session, twin = (adapters.activate(entry, file) for entry in opened)
-    short = [window.ids[:_EFFECT_TOKENS] for window in few]
-    plain = [(torch_model.logits(ids), generate.prefill_logits(opened[1], ids)) for ids in short]
-    report: dict[str, Any] = {"windows": len(few)}
-    with reference.adapted(torch_model, folder / "peft" / name) as wanted:
-        try:
-            whole = partial(generate.prefill_logits, twin)
-            report |= _agreement(wanted, session, whole, few, lambda _, what: tell(f"{name}, {what}"))
-            products = [
-                metrics.change_products(
-                    (metrics.log_softmax(before), metrics.log_softmax(wanted.logits(ids))),
-                    (metrics.log_softmax(other), metrics.log_softmax(generate.prefill_logits(twin, ids))),
-                )
-                for ids, (before, other) in zip(short, plain, strict=True)
-            ]
-            same, energy = np.sum(products, axis=0)
-            report["effect"] = round(float(same / energy), 4) if energy else 0.0
-        except ValueError as error:
-            return {**report, "finite": False, "failure": str(error)}
-        tell(f"{name}, greedy answers")
-        conversations = texts.CONVERSATIONS[: spec.answers]
-        answers = _answers(wanted, session, conversations, spec.greedy_tokens, golden)
-    return {**report, "finite": True, "greedy": answers["greedy"]}
-
-
-def _compiled_agreement(
-    torch_model: Reference,
-    inputs: Mapping[str, Artifact],
-    soc: str,
-    spec: Validate,
-    windows: Sequence[Window],
-    scratch: Path,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The same figures of a compiled package, executed stage by stage."""
-    found = npu_agreement.measure(
-        torch_model,
-        inputs["compile"].path,
-        inputs["quantize"].path,
-        soc,
-        [(window.domain, window.ids) for window in windows],
-        spec.decode_tokens or spec.window_tokens // 2,
-        scratch,
-        lambda part, what: progress(0.05 + 0.6 * part, what),
-    )
-    found["npu"]["compiled_from"] = inputs["compile"].facts["placement"]
-    return found
-
-
-def _largest_difference(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> float:
-    return float(np.abs(left - right).max())
-
-
-def _answers(
-    torch_model: Reference,
-    session: Session,
-    conversations: Sequence[Conversation],
-    limit: int,
-    golden: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """Greedy answers of both to the same prompts, and whether they end; the package's are added to ``golden``."""
-    answers = []
-    for conversation in conversations:
-        messages, given = conversation.given()
-        prompt = torch_model.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **given)
-        wanted, ended = torch_model.greedy(prompt, limit)
-        longer = list(generate.stream(session, prompt, _RUNAWAY * limit if ended else limit))
-        found = longer[: len(wanted)] if not ended else longer
-        answers.append(
-            {
-                "name": conversation.name,
-                "agreement": round(metrics.greedy_agreement(wanted, found[: max(len(wanted), 1)]), 4),
-                "first_divergence": metrics.first_divergence(wanted, found),
-                "reference_ended": ended,
-                "ended": len(longer) < generate.room(session, len(prompt), _RUNAWAY * limit if ended else limit),
-                "reference": torch_model.tokenizer.decode(wanted),
-                "answer": torch_model.tokenizer.decode(found),
-            }
-        )
-        adapter = (session.adapters, session.adapter) if session.adapter else None
-        _, logprobs = replay.scores(session.model, prompt, longer[:limit], session.window, adapter)
-        entry = {"name": conversation.name, "prompt": prompt, "tokens": longer[:limit]}
-        entry |= {"adapter": session.adapter} if session.adapter else {}
-        golden.append({**entry, "logprobs": [round(value, 5) for value in logprobs]})
-    mean = sum(answer["agreement"] for answer in answers) / len(answers)
-    return {
-        "greedy": {"tokens": limit, "agreement": round(mean, 4), "answers": answers},
-        "eos": {"ids": sorted(session.eos), "reference_ids": sorted(torch_model.eos)},
-    }
-
-
 def _write_golden(entries: Sequence[Mapping[str, Any]], out_dir: Path) -> None:
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     (out_dir / GOLDEN).write_text(lines, encoding="utf-8")
@@ -415,11 +228,11 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
     Returns:
         for each ``metric``, ``path``, ``value``, ``bound``, ``sense`` (max or min), ``passed``.
     """
-    found = _agreement_gates(report, wanted)
+    found = text_agreement.gates(report, wanted)
     for name, figures in report.get("adapters", {}).items():
-        found += _agreement_gates(figures, wanted, f" with {name}")
+        found += text_agreement.gates(figures, wanted, f" with {name}")
         if figures["finite"]:
-            for bound, sense in zip(_EFFECT, ("min", "max"), strict=True):
+            for bound, sense in zip(text_agreement.EFFECT, ("min", "max"), strict=True):
                 found.append(gate("adapter_effect", name, figures["effect"], bound, sense))
     missing_eos = len(set(report["eos"]["reference_ids"]) ^ set(report["eos"]["ids"]))
     found.append(gate("eos_mismatches", "", missing_eos, 0, "max"))
@@ -427,29 +240,9 @@ def gates(report: Mapping[str, Any], wanted: Gates) -> list[dict[str, Any]]:
         for name in ("runtime", "served"):
             unexplained = [entry for entry in report[key][name] if "reason" not in entry]
             found.append(gate(f"{key}_mismatches", name, len(unexplained), 0, "max"))
-    return found
-
-
-def _agreement_gates(report: Mapping[str, Any], wanted: Gates, suffix: str = "") -> list[dict[str, Any]]:
-    """The gates on logits and answers, of the package or (``suffix``) of it with an adapter."""
-    found = [gate("finite", suffix.strip(), float(report["finite"]), 1.0, "min")]
-    for path in ("prefill", "decode") if report["finite"] else ():
-        figures = report[path]
-        for metric in ("mean_kl", "p99_kl", "perplexity_ratio", "top1"):
-            bound = getattr(wanted, metric)
-            if bound is not None:
-                sense = "min" if metric == "top1" else "max"
-                found.append(gate(metric, f"{path}{suffix}", figures[metric], bound, sense))
-    if "long" in report and wanted.mean_kl is not None:  # of so few tokens the mean alone says something
-        found.append(gate("mean_kl", "long", report["long"]["mean_kl"], wanted.mean_kl, "max"))
-    if "experts" in report:
-        routing, outputs = report["experts"]["routing"], report["experts"]["outputs"]
-        found.append(gate("routing", "prefill", routing["agreement"], wanted.routing, "min"))
-        found.append(gate("expert_error", "", outputs["largest"], wanted.expert_error, "max"))
-    if "greedy" in report:
-        found.append(gate("greedy", f"decode{suffix}", report["greedy"]["agreement"], wanted.greedy, "min"))
-        runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
-        found.append(gate("runaway_answers", f"decode{suffix}", runaway, wanted.runaway, "max"))
+    for section, module in _MEDIA.items():
+        if figures := report.get(section):
+            found += media_agreement.gates(figures, module.bounds(figures), section, wanted)
     return found
 
 
