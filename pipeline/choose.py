@@ -72,6 +72,8 @@ def choose(
         ResourceError: none fits.
     """
     models = catalogue.select(task, family)
+    if task not in ("vision", "audio"):  # a tower takes memory that answers to texts do not gain from
+        models = [model for model in models if model.tower is None] or models
     bases = catalogue.bases(folder, target)
     allowed = [model for model in models if research or model.license in COMMERCIAL]
     obstacles: dict[str, str] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline import catalogue, exporters
@@ -25,7 +27,7 @@ def _shape(name: str) -> Shape:
         ("Qwen3-32B", "openvino", "openvino"),
         ("Qwen3-30B-A3B", "cpu", "native"),
         ("Qwen3-30B-A3B", "npu", "native"),  # which the target refuses by name
-        ("Qwen2.5-VL-7B-Instruct", "cpu", "genai"),  # of a family that nothing is known of
+        ("Qwen2.5-VL-3B-Instruct", "cpu", "native"),
     ],
 )
 def test_family_size_and_target_decide(model: str, target: str, expected: str) -> None:
@@ -35,6 +37,10 @@ def test_family_size_and_target_decide(model: str, target: str, expected: str) -
 @pytest.mark.parametrize(("target", "expected"), [("cpu", "genai"), ("npu", "static"), ("openvino", "openvino")])
 def test_of_a_model_that_is_not_known_yet_the_target_decides(target: str, expected: str) -> None:
     assert exporters.resolve(None, TARGETS[target], None) == expected
+
+
+def test_of_a_family_that_nothing_is_known_of_the_target_decides() -> None:
+    assert exporters.resolve(None, TARGETS["cpu"], replace(_shape("Qwen2.5-3B"), model_type="qwen9")) == "genai"
 
 
 def test_what_our_own_exporter_cannot_write_stays_with_the_genai_one() -> None:
