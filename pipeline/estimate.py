@@ -47,14 +47,14 @@ EXPORTING: dict[str, Pace] = {
     "optimum": Pace(1.5, 10, spare=_GB // 2),
     "static": Pace(1.5, 10, spare=_GB // 2),
     "openvino": Pace(1.5, 10, spare=_GB // 2),
-    "native": Pace(0.0, 10, vocabulary=3),  # a weight or an expert at a time
+    "native": Pace(0.0, 10, vocabulary=2, spare=_GB // 2),  # a weight or an expert at a time
 }
 # Our own passes stream: they hold a few copies of the largest weight or expert, and GPTQ a layer in float32.
 QUANTIZING: dict[str, Pace] = {
-    "none": Pace(0.0, 6, vocabulary=3),
-    "min_error": Pace(0.0, 14, vocabulary=3),
-    "gptq": Pace(0.0, 58, layer=2, vocabulary=3),
-    "w8a8": Pace(0.0, 14, vocabulary=3),
+    "none": Pace(0.0, 6, vocabulary=1.2),
+    "min_error": Pace(0.0, 14, vocabulary=1.2),
+    "gptq": Pace(0.0, 58, layer=2, vocabulary=1.2, spare=3 * _GB // 2),
+    "w8a8": Pace(0.0, 14, vocabulary=1.2),
     "rtn": Pace(1.6, 20),
     "k_quant": Pace(4.0, 100),
     "dynamic": Pace(4.0, 60),
@@ -87,15 +87,16 @@ def of(stage: str, recipe: Recipe, shape: Shape | None, tower: Tower | None = No
         pace = QUANTIZING[recipe.quantize.algorithm]
         return Estimate(sized.memory(pace), sized.packed, pace.start + int(pace.seconds * gigabytes))
     if stage == "validate":
-        # The reference computes in float32, a large one layer by layer, and the package beside it; an emulated NPU
-        # takes minutes for what a processor does in seconds.
+        # The reference computes in float32, a large one layer by layer, and beside it the package and its twin for
+        # whole prompts, whose weights the runtime packs anew; an emulated NPU takes minutes for what a processor does
+        # in seconds.
         reference = sized.floats if sized.floats <= HELD_WHOLE else sized.layer + 2 * sized.vocabulary
         logits = recipe.validation.window_tokens * sized.vocabulary // sized.hidden
         # A long text takes 10 ms a token and gigabyte, and a cache of each of the two models.
         long = recipe.validation.long_tokens or 0
         caches = 16 * long * shape.layers * shape.kv_heads * shape.head_dim if shape else long * _GB // 20_000
         seconds = 20 + int(((600 if recipe.npu else 50 + 30 * len(recipe.adapters or ())) + 0.01 * long) * gigabytes)
-        return Estimate(reference + sized.packed + 6 * logits + caches + 2 * _GB, 0, seconds)
+        return Estimate(reference + 2 * sized.packed + 6 * logits + caches + 13 * _GB // 10, 0, seconds)
     others = {
         "compile": Estimate(3 * sized.packed + 2 * _GB, 3 * sized.packed, 20 + int(40 * gigabytes)),
         # Weights are linked where the disk can; a skeleton of the model and an adapter at a time are in memory.
