@@ -44,9 +44,7 @@ class Recorder:
 
     def __init__(self, reference: Reference) -> None:
         self.mixtures = {
-            index: layer.mlp
-            for index, layer in enumerate(reference.model.model.layers)
-            if hasattr(layer.mlp, "experts")
+            index: layer.mlp for index, layer in enumerate(reference.decoder.layers) if hasattr(layer.mlp, "experts")
         }
         self.chosen: dict[int, list[npt.NDArray[np.int64]]] = {index: [] for index in self.mixtures}
         self.inputs: dict[int, Floats] = {}

@@ -37,6 +37,11 @@ class Reference:
         head = multimodal.in_memory(FAMILIES[self.model.config.model_type]).head
         return self.model.get_submodule(head.rpartition(".")[0])
 
+    @property
+    def decoder(self) -> Any:
+        """The language model without its head."""
+        return self.model.get_submodule(multimodal.in_memory(FAMILIES[self.model.config.model_type]).text)
+
     def logits(self, ids: Sequence[int], **media: Any) -> npt.NDArray[np.float32]:
         """Logits ``[T, V]`` float32 after each of ``ids`` (``[T]``)."""
         import torch

@@ -252,6 +252,10 @@ def gates(report: Mapping[str, Any], wanted: Gates, suffix: str = "") -> list[di
                 found.append(gate(metric, f"{path}{suffix}", figures[metric], bound, sense))
     if "long" in report and wanted.mean_kl is not None:  # of so few tokens the mean alone says something
         found.append(gate("mean_kl", "long", report["long"]["mean_kl"], wanted.mean_kl, "max"))
+    if "experts" in report:
+        routing, outputs = report["experts"]["routing"], report["experts"]["outputs"]
+        found.append(gate("routing", "prefill", routing["agreement"], wanted.routing, "min"))
+        found.append(gate("expert_error", "", outputs["largest"], wanted.expert_error, "max"))
     if "greedy" in report:
         found.append(gate("greedy", f"decode{suffix}", report["greedy"]["agreement"], wanted.greedy, "min"))
         runaway = sum(answer["reference_ended"] and not answer["ended"] for answer in report["greedy"]["answers"])
