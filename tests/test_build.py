@@ -152,18 +152,28 @@ def _workers(project: Project) -> list[psutil.Process]:
     return found
 
 
+def _worker(build: subprocess.Popen[str], project: Project) -> psutil.Process | None:
+    """The process that runs a step of ``build``, stopped where it is: steps of tiny models take less than a second."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(build.pid).children(recursive=True):
+            if any(Path(opened.path).parent == project.store / "logs" for opened in process.open_files()):
+                process.suspend()
+                return process
+    return None
+
+
 def _until(condition: Callable[[], Any], what: str) -> Any:
     limit = time.monotonic() + 60
     while time.monotonic() < limit:
         if value := condition():
             return value
-        time.sleep(0.01)
+        time.sleep(0.002)
     return pytest.fail(f"never: {what}")
 
 
 @contextlib.contextmanager
 def _at(project: Project, stage: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """A build in a process of its own, and its worker, at the moment when ``stage`` runs."""
+    """A build in a process of its own, and its worker, stopped, at the moment when ``stage`` runs."""
     process = _start(project, "--json")
     try:
         assert process.stdout
@@ -171,7 +181,7 @@ def _at(project: Project, stage: str) -> Iterator[tuple[subprocess.Popen[str], p
             event = json.loads(line)
             if (event["event"], event.get("stage")) == ("start", stage):
                 break
-        yield process, _until(lambda: _workers(project), "a worker")[0]
+        yield process, _until(lambda: _worker(process, project), "a worker")
     finally:
         process.kill()
         process.communicate()
@@ -315,8 +325,10 @@ def test_a_refused_model_is_explained_kept_as_evidence_and_never_packaged(projec
 def test_a_killed_build_leaves_nothing_half_made_and_goes_on_later(project: Project, stage: str) -> None:
     project.forget(stage)
     shutil.rmtree(project.out)
-    with _at(project, stage) as (process, _):
+    with _at(project, stage) as (process, worker):
         process.kill()
+        with contextlib.suppress(psutil.Error):  # it has died with its parent
+            worker.resume()
         assert _end(process, project)[0] == -signal.SIGKILL
     assert project.stored(stage) == []
     assert not project.out.exists()
@@ -372,6 +384,7 @@ def test_a_worker_that_crashes_is_explained(project: Project, number: int, code:
     project.forget("quantize")
     with _at(project, "quantize") as (process, worker):
         worker.send_signal(number)
+        worker.resume()
         ended, events, err = _end(process, project)
     assert (ended, err) == (code, "")
     assert events[-1]["event"] == "error"
@@ -455,8 +468,9 @@ def test_a_disk_that_fills_up_is_named_and_the_store_stays_good(project: Project
     shutil.copytree(project.store, small_disk / "store")
     there = Project(project.recipe, small_disk / "store", project.out)
     there.forget(stage)
-    with _at(there, stage) as (process, _):
+    with _at(there, stage) as (process, worker):
         filler = _fill(small_disk)
+        worker.resume()
         code, events, err = _end(process, there)
     assert (code, err) == (6, "")
     assert "disk" in events[-1]["what"] + events[-1]["why"]
