@@ -15,7 +15,7 @@ from pipeline.decoder_graph import Embedded
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter
 from pipeline.family import FAMILIES, read_shape
-from pipeline.target import CPU
+from pipeline.target import CPU, TARGETS
 from pipeline.tensors import Tensors
 from pipeline.vision import read_vision
 
@@ -129,13 +129,26 @@ def export_openvino(checkpoint: Path, out_dir: Path) -> None:
     _write_config(out_dir, config)
 
 
-def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bool = True) -> onnx.ModelProto:
+# Settings of execution providers in ``genai_config.json``, as the genai builder writes them where nothing else is asked
+# for: on CUDA the sum of a skip connection is kept in float32.
+_PROVIDERS: dict[str, dict[str, str]] = {
+    "cuda": {"enable_cuda_graph": "0", "enable_skip_layer_norm_strict_mode": "1"},
+    "dml": {},
+    "webgpu": {"enableGraphCapture": "0", "validationMode": "basic"},
+    "NvTensorRtRtx": {"enable_cuda_graph": "1"},
+}
+
+
+def export_native(
+    checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bool = True, provider: str = CPU
+) -> onnx.ModelProto:
     """Write ``model.onnx.data`` and ``genai_config.json`` of a graph of our own, a weight in memory at a time.
 
     Of a model that sees also what `pipeline.vision_export` writes.
 
     Args:
         fused_experts: whether a mixture of experts, if there is one, is one operator.
+        provider: the execution provider that the package asks for.
 
     Returns:
         the decoder's graph, which is not saved yet.
@@ -166,6 +179,8 @@ def export_native(checkpoint: Path, out_dir: Path, dtype: str, fused_experts: bo
             raise StageError("no graph can be written of this checkpoint", why=str(error)) from None
     inputs, _ = graph.interface(model)
     made = _genai_config(settings, generation, inputs)
+    if option := next(target.option for target in TARGETS.values() if target.provider == provider):
+        made["model"]["decoder"]["session_options"]["provider_options"] = [{option: _PROVIDERS[option]}]
     made["search"]["past_present_share_buffer"] = True  # attention writes new keys and values into the cache
     if vision:
         vision_export.write(checkpoint, out_dir, settings, vision, tensors, layout)

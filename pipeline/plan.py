@@ -115,9 +115,9 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
         positions.check_context(config, _context_length(recipe), where)
     shape, tower = shape_of(loaded), tower_of(loaded)
     if shape:
-        _check_family(loaded, shape)
         if FAMILIES[shape.model_type].multimodal:
             _check_media(loaded, target)
+        _check_family(loaded, shape)
     size = estimate.of("quantize", recipe, shape, tower).disk
     if shape and (problem := file_problem(target, size)):
         raise RecipeError(

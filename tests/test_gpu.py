@@ -22,7 +22,6 @@ from onnx import TensorProto
 from pipeline import (
     blockwise,
     digest,
-    family,
     generate,
     gptq,
     graph,
@@ -51,6 +50,7 @@ pytestmark = [
 ]
 
 BASES = Path(__file__).parent.parent / "recipes" / "_base"
+TEXT = ("qwen2", "qwen3")  # mixtures of experts: test_experts
 GPUS = [name for name, row in TARGETS.items() if "float16" in row.dtypes and "genai" in row.exporters]
 PROMPT = "The quick brown fox jumps over the lazy dog, 你好 and def add(first):\n    return"
 Make = Callable[[str, str, str], Artifact]
@@ -148,7 +148,21 @@ def test_there_are_targets() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", family.FAMILIES)
+@pytest.mark.parametrize("name", GPUS)
+def test_our_own_graph_asks_for_the_provider(
+    name: str, checkpoint_of: Callable[..., Path], torch_model: Any, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of("qwen3")
+    step = steps_of(tmp_path, checkpoint, name, "none", export={"exporter": "native"})[1]
+    inputs = {"checkpoint": Artifact("checkpoint", "", "", checkpoint, {}, {})}
+    package = run(step, inputs, tmp_path / "export").path
+    assert configured(package)[0] == TARGETS[name].option
+    assert dtypes(onnx.load(package / "model.onnx", load_external_data=False))["activations"] == {TensorProto.FLOAT16}
+    assert divergence(torch_model("qwen3"), package) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TEXT)
 @pytest.mark.parametrize("name", GPUS)
 def test_a_float16_export_is_the_checkpoint(name: str, model_type: str, made: Make, torch_model: Any) -> None:
     package, row = made(name, model_type, "none").path, TARGETS[name]
@@ -174,7 +188,7 @@ def test_a_float16_export_is_the_checkpoint(name: str, model_type: str, made: Ma
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", family.FAMILIES)
+@pytest.mark.parametrize("model_type", TEXT)
 @pytest.mark.parametrize("name", GPUS)
 def test_a_quantized_model_has_the_operators_of_its_target(
     name: str, model_type: str, made: Make, torch_model: Any
@@ -203,7 +217,7 @@ def test_a_quantized_model_has_the_operators_of_its_target(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", family.FAMILIES)
+@pytest.mark.parametrize("model_type", TEXT)
 def test_both_forms_hold_the_same_weights_and_compute_the_same(model_type: str, made: Make, tmp_path: Path) -> None:
     """``DequantizeLinear`` before ``MatMul`` and ``MatMulNBits`` are two spellings of one symmetric quantization."""
     source = made("tensorrt-rtx", model_type, "none").path

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from test_tune import RECIPE
 
-from pipeline import blockwise, cli, decoder, gguf_export, off_grid, reference
+from pipeline import blockwise, cli, gguf_export, off_grid, reference
 from pipeline.errors import UsageError
+from pipeline.tensors import Tensors
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,7 @@ def test_a_gguf_file_holds_what_the_checkpoint_holds(
     gguf_export.export(source, tmp_path / "model.gguf")
     read = gguf.GGUFReader(tmp_path / "model.gguf")
     tensors = {tensor.name: tensor for tensor in read.tensors}
-    wanted = dict(decoder.tensors(source))
+    wanted = dict(Tensors(source).all())
     assert len(tensors) == len(wanted)
     query = wanted["model.layers.1.self_attn.q_proj.weight"].numpy()
     np.testing.assert_allclose(tensors["blk.1.attn_q.weight"].data, query, rtol=1e-3, atol=1e-6)

@@ -66,7 +66,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     if written == "openvino":
         return _openvino(source, out_dir, spec.rotate, progress)
     if written == "native":
-        return _native(source, out_dir, spec, step.fields["dtype"], progress)
+        return _native(step, source, out_dir, spec, progress)
     work = out_dir / "export"
     work.mkdir()
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
@@ -103,7 +103,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     )
 
 
-def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Progress) -> Result:
+def _native(step: Step, source: Path, out_dir: Path, spec: Export, progress: Progress) -> Result:
     """A graph of our own, written a weight at a time."""
     import onnx
 
@@ -112,7 +112,9 @@ def _native(source: Path, out_dir: Path, spec: Export, dtype: str, progress: Pro
         raise StageError("a model that sees or hears cannot be rotated", where="export.rotate", fix="remove `rotate`")
     given = _rotated(source, out_dir / "rotated", progress) if spec.rotate else source
     progress(0.3, "writing weights")
-    model = exporter.export_native(given, out_dir, dtype, spec.experts != "dense")
+    model = exporter.export_native(
+        given, out_dir, step.fields["dtype"], spec.experts != "dense", step.fields["provider"]
+    )
     if spec.last_token_head:
         # Drafts come from a text's own words, and the runtime verifies none against a picture.
         graph.prune_head(model, 1 if family.sees else 1 + (spec.draft_tokens or 0))
