@@ -16,7 +16,7 @@ import yaml
 
 from pipeline import cli
 
-# https://huggingface.co/Qwen/Qwen2.5-7B-Instruct, config.json
+# The config.json of Qwen/Qwen2.5-7B-Instruct.
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
