@@ -105,7 +105,13 @@ difference. `report.html` shows every figure, gate and answer, and `validation.j
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them.
 {_extended(validation)}
-## Where it comes from
+{origin(manifest, words)}"""
+
+
+def origin(manifest: Mapping[str, Any], words: str) -> str:
+    """The section that says where a package comes from; ``words`` are of its quantization."""
+    source = manifest["source"]
+    return f"""## Where it comes from
 
 | | |
 | --- | --- |

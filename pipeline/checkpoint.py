@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import audio_tower, checkpoint_files, digest, download, gguf, qwen1, qwen1_layout
+from pipeline import audio_tower, checkpoint_files, digest, download, files, gguf, qwen1, qwen1_layout
 from pipeline import headless as headless_files
 from pipeline.artifact import Progress
 from pipeline.errors import CheckpointError, DownloadError, QwenOnnxError
@@ -173,13 +172,9 @@ def _check_mergeable(folder: Path) -> None:
 def _take(source: Path, target: Path) -> None:
     """A file; weights without a second copy of their bytes, where the disk allows that: the store notices changes."""
     if source.suffix == ".safetensors":  # never written to in place
-        try:
-            os.link(source.resolve(), target)
-        except OSError:  # another disk, or one without hard links
-            pass
-        else:
-            return
-    shutil.copyfile(source, target)
+        files.link(source.resolve(), target)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _merge(folder: Path, adapter: Path) -> None:

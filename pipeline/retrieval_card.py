@@ -114,15 +114,4 @@ Measured with onnxruntime {manifest["tools"]["onnxruntime"]} on {target["validat
 The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
 for the texts they were measured on; measure on your own before you depend on them. {_MIXING if not task.labels else ""}
 
-## Where it comes from
-
-| | |
-| --- | --- |
-| base model | {source["base_model"]} |
-| checkpoint | sha256 `{source["sha256"]}` |
-| licence | {source["license"]} (see `LICENSE` and `NOTICE`) |
-| quantization | {words} |
-| needs | {manifest["runtime"]["name"]} ≥ {manifest["runtime"]["minimum"]} |
-
-`manifest.json` names the recipe, every step, every tool version and every file.
-"""
+{card.origin(manifest, words)}"""

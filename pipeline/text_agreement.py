@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline import adapters, generate, graph, metrics, npu_agreement, openvino, reference, replay, texts
+from pipeline import adapters, files, generate, graph, metrics, npu_agreement, openvino, reference, replay, texts
 from pipeline import session as sessions
 from pipeline.adapter_files import ENDING
 from pipeline.agreement import Tally, gate
@@ -98,10 +96,7 @@ def whole_prompt_twin(package: Path, folder: Path) -> Path:
     onnx.save(model, str(folder / "model.onnx"))
     for path in package.iterdir():
         if path.is_file() and path.name != "model.onnx":
-            try:
-                os.link(path, folder / path.name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, folder / path.name)
+            files.link(path, folder / path.name)
     return folder
 
 

@@ -63,14 +63,14 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
             where=str(loaded.path),
             fix=f"use {' or '.join(ALGORITHMS)}",
         )
-    if _mixed(loaded):
+    shape = plan.shape_of(loaded)
+    if shape and shape.experts:
         raise RecipeError(
             "mixtures of experts are not tuned",
             where=str(loaded.path),
             why="what single experts lose is not measured: that would take the whole model thousands of times",
             fix="give the experts of single layers more bits with `overrides`",
         )
-    shape = plan.shape_of(loaded)
     if shape and FAMILIES[shape.model_type].sees:
         raise RecipeError(
             f"schemes of {FAMILIES[shape.model_type].title} are not tuned",
@@ -118,11 +118,6 @@ def tune(loaded: Loaded, store: Store, reporter: Reporter, objective: Objective,
     return best
 
 
-def _mixed(loaded: Loaded) -> bool:
-    shape = plan.shape_of(loaded)
-    return shape is not None and shape.experts is not None
-
-
 def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """What to do about a package whose validation ``report`` has failed gates; empty if bits are no remedy.
 
@@ -130,7 +125,7 @@ def repair(loaded: Loaded, store: Store, report: Mapping[str, Any]) -> str:
     """
     scheme = loaded.recipe.quantize
     shares = [share for gate in report["gates"] if not gate["passed"] for share in _share(gate)]
-    untold = _mixed(loaded) or "images" in report
+    untold = "experts" in report or "images" in report
     if scheme.algorithm not in ALGORITHMS or not report["finite"] or not shares or untold:
         return ""
     measured = max(report[path]["mean_kl"] for path in ("prefill", "decode"))

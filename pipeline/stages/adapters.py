@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import adapter_files, checkpoint_files, graph, lora, lora_files, lora_graph
+from pipeline import adapter_files, checkpoint_files, files, graph, lora, lora_files, lora_graph
 from pipeline.artifact import Artifact, Progress, Result, Step
 from pipeline.errors import CheckpointError, StageError
 
@@ -53,10 +52,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 def _bring(source: Path, target: Path) -> None:
     """Weights are large, and artifacts are never changed: a link is enough."""
     if source.suffix == ".data":
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, target)
+        files.link(source, target)
     else:
         shutil.copyfile(source, target)
 
