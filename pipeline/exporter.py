@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline import audio_export, audio_tower, decoder_graph, graph, multimodal, olive, openvino, vision_export
+from pipeline.checkpoint_files import family_of
 from pipeline.decoder_graph import Embedded
 from pipeline.errors import RecipeError, StageError
 from pipeline.external_data import ExternalDataWriter
@@ -31,7 +32,7 @@ def check_family(checkpoint: Path, exporter: str) -> None:
     Raises:
         RecipeError: it is such a model.
     """
-    family = FAMILIES[read_shape(_settings(checkpoint)[0], str(checkpoint / "config.json")).model_type]
+    family = family_of(checkpoint)
     if exporter not in family.exporters:
         raise RecipeError(
             f"{exporter} cannot export {family.model_type}",
@@ -162,7 +163,7 @@ def export_native(
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
     tensors = Tensors(checkpoint)
     settings, generation = _settings(checkpoint)
-    family = FAMILIES[settings["model_type"]]
+    family = family_of(checkpoint)
     layout = multimodal.in_files(family, list(tensors))
     vision = read_vision(settings, read_shape(settings, "config.json"), "config.json") if family.sees else None
     tower = audio_tower.read(settings, "config.json") if family.hears else None
