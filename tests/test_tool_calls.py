@@ -250,7 +250,7 @@ def test_random_noise_is_read_alike_however_it_is_cut_and_nothing_is_lost() -> N
 def test_long_hostile_answers_take_time_that_grows_with_their_length() -> None:
     text = "<tool_call>{" * 4000 + hermes('{"items": ' + "[" * 20000)
     rows = read([text])
-    assert rows[-1][2].endswith("[" * 20000)
+    assert rows[-2:] == [("call", "f", '{"items": ' + "[" * 20000), ("text", "}\n</tool_call>")]
 
 
 def test_the_form_is_told_from_the_template() -> None:

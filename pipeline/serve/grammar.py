@@ -31,6 +31,7 @@ MAX_TOOLS = 128
 """That is OpenAI's limit too."""
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _TEXT = "(?s:.*)"
+_ENDLESS = "it has no finite value"
 
 
 def response_grammar(response_format: Values | None) -> str:
@@ -119,8 +120,9 @@ def _fault(grammar: str) -> str:
     found = matcher(bytes_tokenizer(), grammar)
     first = b"" if found.is_error() else found.compute_bitmask()
     if found.is_error():
-        return first_line(found.get_error()) or "it is too complex"
-    return "" if np.frombuffer(first, np.uint8).any() else "it has no finite value"
+        why = first_line(found.get_error())
+        return _ENDLESS if why.startswith("NoExtension") else why
+    return "" if np.frombuffer(first, np.uint8).any() else _ENDLESS
 
 
 def _checked(rules: str, parameter: str) -> str:
