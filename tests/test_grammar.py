@@ -152,7 +152,15 @@ BAD = call("weather", '{"town": "Ulm"}')
 
 def test_with_auto_text_is_free_and_calls_follow_their_schema(walk: Walk) -> None:
     grammar = tools_grammar(TOOLS)
-    for text in ("", "Hello {}", "a <tool b", GOOD, f"Hi\n{GOOD}", f"{GOOD}\n{GOOD} and more", call("weather", '{"city": "U"}')):
+    for text in (
+        "",
+        "Hello {}",
+        "a <tool b",
+        GOOD,
+        f"Hi\n{GOOD}",
+        f"{GOOD}\n{GOOD} and more",
+        call("weather", '{"city": "U"}'),
+    ):
         assert walk.accepts(grammar, text), text
     for text in (BAD, f"Hi {BAD}", call("other", "{}"), f"{GOOD}\n{BAD}", "<tool_call>", "<tool_call>\nHi"):
         assert not walk.accepts(grammar, text), text
@@ -293,15 +301,25 @@ def test_without_strict_keywords_that_no_grammar_has_are_left_to_the_model(walk:
         ((TOOLS * 2, "auto"), Refused, "tools[2].function.name"),
         (([{"type": "custom", "custom": {}}],), Unsupported, "tools[0]"),
         (([{"type": "function", "function": {"name": "a b"}}],), Refused, "tools[0].function.name"),
-        (([*TOOLS, {"function": {"name": "x", "parameters": {"type": "array"}}}],), Refused, "tools[2].function.parameters"),
-        (([*TOOLS, {"function": {"name": "x", "parameters": {"$ref": "a"}}}],), Unsupported, "tools[2].function.parameters"),
+        (
+            ([*TOOLS, {"function": {"name": "x", "parameters": {"type": "array"}}}],),
+            Refused,
+            "tools[2].function.parameters",
+        ),
+        (
+            ([*TOOLS, {"function": {"name": "x", "parameters": {"$ref": "a"}}}],),
+            Unsupported,
+            "tools[2].function.parameters",
+        ),
         ((TOOLS, "auto", True, ""), Unsupported, "tools"),
         ((TOOLS[1:], "required", True, XML), Unsupported, "tool_choice"),
         ((TOOLS, "auto", True, XML), Unsupported, "tools"),
         ((TOOLS[1:], "auto", False, XML), Unsupported, "parallel_tool_calls"),
     ],
 )
-def test_tools_that_cannot_be_honoured_are_refused(arguments: tuple[Any, ...], kind: type[Refused], parameter: str) -> None:
+def test_tools_that_cannot_be_honoured_are_refused(
+    arguments: tuple[Any, ...], kind: type[Refused], parameter: str
+) -> None:
     with pytest.raises(kind) as caught:
         tools_grammar(*arguments)
     assert caught.value.parameter == parameter

@@ -66,7 +66,9 @@ def xml(*parameters: tuple[str, str], name: str = "f") -> str:
     return f"<tool_call>\n<function={name}>\n{rows}</function>\n</tool_call>"
 
 
-TRICKY = r'{"text": "}{ \" \\ </tool_call> <tool_call>{\"name\": [\u00e9]", "items": [{"a": [1, -2.5e3, true, null]}, {}]}'
+TRICKY = (
+    r'{"text": "}{ \" \\ </tool_call> <tool_call>{\"name\": [\u00e9]", "items": [{"a": [1, -2.5e3, true, null]}, {}]}'
+)
 
 GOOD = [
     (hermes("{}"), [("call", "f", "{}")]),
@@ -191,7 +193,10 @@ XML_GOOD = [
     (xml(("maybe", "12")), [("call", "f", '{"maybe": "12"}')]),
     (xml(("text", "null"), ("other", "5")), [("call", "f", '{"text": "null", "other": "5"}')]),
     (xml(("count", "many")), [("call", "f", '{"count": "many"}')]),
-    (xml(("text", "</tool_call> </function> <parameter=x>")), [("call", "f", '{"text": "</tool_call> </function> <parameter=x>"}')]),
+    (
+        xml(("text", "</tool_call> </function> <parameter=x>")),
+        [("call", "f", '{"text": "</tool_call> </function> <parameter=x>"}')],
+    ),
     (
         "So:\n<function=f>\n<parameter=count>1</parameter></function>\n</tool_call>\n" + xml(name="g"),
         [("text", "So:"), ("call", "f", '{"count": 1}'), ("call", "g", "{}")],
@@ -236,7 +241,19 @@ def test_random_arguments_come_through_unchanged() -> None:
 
 def test_random_noise_is_read_alike_however_it_is_cut_and_nothing_is_lost() -> None:
     draw = random.Random(2)
-    parts = ["<tool_call>", "</tool_call>", '{"name": "f"', ', "arguments": ', "{", "}", '"', "\n", "<function=f>", "<", "a"]
+    parts = [
+        "<tool_call>",
+        "</tool_call>",
+        '{"name": "f"',
+        ', "arguments": ',
+        "{",
+        "}",
+        '"',
+        "\n",
+        "<function=f>",
+        "<",
+        "a",
+    ]
     parts += ["<parameter=text>", "</parameter>", "</function>", "\\", "1", ","]
     for _ in range(400):
         text = "".join(draw.choices(parts, k=12))

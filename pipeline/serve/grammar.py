@@ -1,8 +1,8 @@
 """What an answer may look like, as grammars of llguidance: JSON that a schema describes, and calls of tools.
 
-All functions are pure and safe in threads; compiling leaves Python's lock free. A grammar that was compiled before
-costs nothing to check again; one of the largest schemas (`schemas.MAX_BYTES`) takes up to 0.3 s, so a server calls them
-by `asyncio.to_thread`.
+All functions are safe in threads, and compiling leaves Python's lock free. What was compiled before costs milliseconds;
+one of the largest schemas (`schemas.MAX_BYTES`) takes up to a second, so a server calls these by `asyncio.to_thread`.
+llguidance's own limits end what is hostile.
 
 A schema with ``strict`` is followed in all that it says, or the request is refused with the keyword that a grammar
 cannot express (``uniqueItems``, ``not``, ``if``, ...). Without it, such keywords are left to the model, as OpenAI's API
@@ -179,7 +179,9 @@ def _functions(tools: Sequence[Values]) -> dict[str, tuple[Values, bool]]:
             schema = {"type": "object", "properties": {}, "additionalProperties": False}
         size += schemas.check(schema, where)
         if schema.get("type", "object") != "object":
-            raise Refused("arguments have to be an object", why=f"their type is {schema['type']!r:.80}", parameter=where)
+            raise Refused(
+                "arguments have to be an object", why=f"their type is {schema['type']!r:.80}", parameter=where
+            )
         found[name] = {"type": "object", **schema}, bool(function.get("strict"))
     if size > schemas.MAX_BYTES:
         why = f"they have {size} bytes, and {schemas.MAX_BYTES} are the most"
