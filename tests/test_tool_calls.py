@@ -270,6 +270,12 @@ def test_long_hostile_answers_take_time_that_grows_with_their_length() -> None:
     assert rows[-2:] == [("call", "f", '{"items": ' + "[" * 20000), ("text", "}\n</tool_call>")]
 
 
+def test_white_space_without_end_is_text_and_takes_no_time() -> None:
+    parser = ToolCalls(TOOLS)
+    told = [delta for _ in range(300) for delta in parser.push("\n" * 1000)] + parser.rest()
+    assert "".join(delta.text for delta in told if isinstance(delta, Text)) == "\n" * 300_000
+
+
 def test_the_form_is_told_from_the_template() -> None:
     assert form_of(CHAT_TEMPLATE) == HERMES
     assert form_of("... <tool_call>\n<function=x>\n<parameter=y>") == XML
