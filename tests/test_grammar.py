@@ -297,6 +297,13 @@ def test_without_strict_keywords_that_no_grammar_has_are_left_to_the_model(walk:
         ((TOOLS, {"type": "function", "function": {"name": "x"}}), Refused, "tool_choice"),
         ((TOOLS, {"type": "custom"}), Unsupported, "tool_choice"),
         (([], "required"), Refused, "tool_choice"),
+        (([], {"type": "function", "function": {"name": "now"}}), Refused, "tool_choice"),
+        ((TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": [], "tools": []}}), Unsupported, "tool_choice"),
+        (
+            (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": ["now"]}}),
+            Refused,
+            "tool_choice",
+        ),
         ((TOOLS * 100, "auto"), Refused, "tools"),
         ((TOOLS * 2, "auto"), Refused, "tools[2].function.name"),
         (([{"type": "custom", "custom": {}}],), Unsupported, "tools[0]"),

@@ -72,7 +72,7 @@ def tools_grammar(
     """
     response = _response(response_format)
     if not tools:
-        if tool_choice not in {None, "none", "auto"}:
+        if tool_choice not in (None, "none", "auto"):  # a mapping has no hash
             raise Refused("tool_choice asks for a call, and there are no tools", parameter="tool_choice")
         return _checked(f"start: {response}\n", "response_format") if response else ""
     if form not in {HERMES, XML}:
@@ -202,7 +202,7 @@ def _choice(tool_choice: str | Values | None, names: Sequence[str]) -> tuple[str
     if kind == "function":
         return "one", _known([tool_choice], names)
     allowed = tool_choice.get("allowed_tools")
-    if kind == "allowed_tools" and isinstance(allowed, Mapping) and allowed.get("mode") in {"auto", "required"}:
+    if kind == "allowed_tools" and isinstance(allowed, Mapping) and allowed.get("mode") in ("auto", "required"):
         return allowed["mode"], _known(allowed.get("tools") or (), names)
     why = "there are `function` and `allowed_tools` with mode `auto` or `required`"
     raise Unsupported(f"tool_choice of type `{kind!s:.40}` is not supported", why=why, parameter="tool_choice")
@@ -211,7 +211,7 @@ def _choice(tool_choice: str | Values | None, names: Sequence[str]) -> tuple[str
 def _known(chosen: Sequence[Values], names: Sequence[str]) -> list[str]:
     found = []
     for choice in chosen:
-        function = choice.get("function")
+        function = choice.get("function") if isinstance(choice, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if name not in names:
             why = f"the tools are {', '.join(names)}"
