@@ -56,8 +56,8 @@ def tools_grammar(
 
     ``auto`` leaves text free, and a call that has begun follows the schema of its function; with a response format, the
     answer is either calls or that JSON. ``required`` is calls from the beginning to the end, at least one; a named
-    function is one call of it. ``none`` is text in which no call begins, or the JSON. In Qwen3-Coder's form text is free
-    with ``auto``, and what needs a grammar is refused.
+    function is one call of it. ``none`` is text in which no call begins, or the JSON. In Qwen3-Coder's form text is
+    free with ``auto``, and what needs a grammar is refused.
 
     Args:
         tools: as OpenAI's API has them.

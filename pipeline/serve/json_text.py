@@ -9,6 +9,8 @@ from collections.abc import Set
 _SPACE = " \t\r\n"
 _SCALAR = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _IN_SCALAR = frozenset("abcdefghijklmnopqrstuvwxyzE0123456789+-.")
+_OPENS = {"}": "{", "]": "["}
+_EMPTY = {"}": "key or end", "]": "value or end"}
 _BARE = {"true": "true", "false": "false", "null": "null", "none": "null"}  # templates write values as Python has them
 JSON_TYPES = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
 
@@ -87,9 +89,7 @@ class ObjectText:
             self._expect = "value"
         elif char == "," and expect == "comma":
             self._expect = "key" if self._open[-1] == "{" else "value"
-        elif char == "}" and self._open[-1:] == ["{"] and expect in {"comma", "key or end"}:
-            self._close()
-        elif char == "]" and self._open[-1:] == ["["] and expect in {"comma", "value or end"}:
+        elif char in "}]" and self._open[-1:] == [_OPENS[char]] and expect in {"comma", _EMPTY[char]}:
             self._close()
         elif value and char in _IN_SCALAR:
             self._scalar, self._expect = char, "scalar"

@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 GUIDANCE = "x-guidance"
 _DATA = frozenset({"const", "default", "enum", "examples"})
 _HOPS = 16
+_LEVELS = 4  # of unions and references: each may have many branches that lead back to it
 
 
 def check(schema: Any, parameter: str) -> int:
@@ -68,12 +69,12 @@ def types_of(schema: Schema, key: str) -> frozenset[str]:
     """
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and key in properties:
-        return _types(properties[key], schema, _HOPS)
+        return _types(properties[key], schema, _LEVELS)
     others = schema.get("additionalProperties")
-    return _types(others, schema, _HOPS) if isinstance(others, Mapping) and others else frozenset({"string"})
+    return _types(others, schema, _LEVELS) if isinstance(others, Mapping) and others else frozenset({"string"})
 
 
-def _types(schema: Any, root: Schema, hops: int) -> frozenset[str]:
+def _types(schema: Any, root: Schema, hops: int) -> frozenset[str]:  # noqa: PLR0911 - a case each
     if not isinstance(schema, Mapping) or not hops:
         return frozenset()
     named = schema.get("type")
@@ -96,7 +97,7 @@ def _types(schema: Any, root: Schema, hops: int) -> frozenset[str]:
 
 
 def resolved(schema: Any, root: Schema) -> Any:
-    """What a ``$ref`` of ``schema`` points to in ``root``; None where that is nothing; ``schema`` itself without one."""
+    """What a ``$ref`` of ``schema`` points to in ``root``, if anything; ``schema`` itself without one."""
     for _ in range(_HOPS):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             return schema
