@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.errors import QwenOnnxError
 
 
-class Refused(QwenOnnxError):
+class Refused(QwenOnnxError):  # noqa: N818 - it is what the server did
     """A request that is not honoured.
 
     Args:
