@@ -148,7 +148,9 @@ def write(source: Path, out_dir: Path, vocabulary: int, context: int, eos: str) 
         raise _refused(source, str(error)) from None
     named = {byte_level.written(token): rank for rank, token in enumerate(tokens)}
     # Normal form (NFC), pre-tokenization and bytes are those of Qwen2.
-    backend: Any = Qwen2Converter(None).converted(named, [(byte_level.written(left), byte_level.written(right)) for left, right in pairs])
+    backend: Any = Qwen2Converter(None).converted(
+        named, [(byte_level.written(left), byte_level.written(right)) for left, right in pairs]
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     ids = {token: len(tokens) + index for index, token in enumerate(SPECIALS)}
     if wrong := [token for token, number in ids.items() if backend.token_to_id(token) != number]:

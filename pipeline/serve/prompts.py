@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.chat import Tokenizer
 from pipeline.sampling import Sampling
-from pipeline.serve import conversations, grammar, thoughts
+from pipeline.serve import conversations, thoughts, tool_calls
 from pipeline.serve.events import Request
 from pipeline.serve.models import Model
 from pipeline.serve.protocol import ChatRequest, CompletionRequest, NamedTool, Sampled, Tool
@@ -55,8 +55,8 @@ def of_chat(model: Model, adapter: str, request: ChatRequest) -> Asked:
     form = _grammar(request, tools)
     think = thoughts.wanted(model, request, bool(form))
     messages, pictures = conversations.templated(request.messages, model.sees)
-    variables = thoughts.variables(model, think) | _variables(model.tokenizer, request.chat_template_kwargs)
-    ids = encoded(model.tokenizer, messages, tools, variables)
+    told = thoughts.variables(model, think) | variables(model.tokenizer, request.chat_template_kwargs)
+    ids = encoded(model.tokenizer, messages, tools, told)
     inside = model.thinks and is_open(model.tokenizer.decode(ids[-16:], skip_special=False))
     if form and think and model.switch and not inside:
         ids, inside = [*ids, *thoughts.opened(model.tokenizer)], True
@@ -142,7 +142,9 @@ def _check_generates(model: Model) -> None:
 
 def _check_sampled(request: Sampled) -> None:
     if request.stream_options is not None and not request.stream:
-        raise Refused("`stream_options` are for streams", fix="set `stream`, or leave it out", parameter="stream_options")
+        raise Refused(
+            "`stream_options` are for streams", fix="set `stream`, or leave it out", parameter="stream_options"
+        )
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -187,15 +189,15 @@ def _tools(model: Model, request: ChatRequest) -> list[Tool]:
         raise Refused("a tool is to be called, and there are none", fix="give `tools`", parameter="tool_choice")
     if choice == "none" or not tools:
         return []
-    if not takes(model.tokenizer.template, "tools"):
-        raise Unsupported(
-            "the model calls no tools", why="its chat template has no place for them", parameter="tools"
-        )
+    if not (tool_calls.form_of(model.tokenizer.template) and takes(model.tokenizer.template, "tools")):
+        raise Unsupported("the model calls no tools", why="its chat template has no place for them", parameter="tools")
     return tools
 
 
 def _grammar(request: ChatRequest, tools: Sequence[Tool]) -> str:
     """The grammar that the answer has to follow; empty when it may be any text."""
+    from pipeline.serve import grammar
+
     form = request.response_format
     formed = form is not None and form.type != "text"
     choice = request.tool_choice or "auto"
@@ -223,7 +225,7 @@ def _grammar(request: ChatRequest, tools: Sequence[Tool]) -> str:
     return grammar.response_grammar(form.model_dump(by_alias=True, exclude_none=True))
 
 
-def _variables(tokenizer: Tokenizer, given: Mapping[str, Any] | None) -> dict[str, Any]:
+def variables(tokenizer: Tokenizer, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What else the template is to be told."""
     found = {name: value for name, value in (given or {}).items() if name != VARIABLE}
     for name in found:
@@ -257,7 +259,10 @@ def _completed(model: Model, prompt: str | Sequence[int], suffix: str | None) ->
         marks = [tokenizer.trusted.token_to_id(token) for token in (_PREFIX, _SUFFIX, _MIDDLE)]
         if None in marks:
             raise Unsupported(
-                "the model fills no gaps", why=f"its tokenizer knows no {_MIDDLE}", fix="leave it out", parameter="suffix"
+                "the model fills no gaps",
+                why=f"its tokenizer knows no {_MIDDLE}",
+                fix="leave it out",
+                parameter="suffix",
             )
         before, after, middle = marks
         ids = [before, *ids, after, *tokenizer.encode(suffix, special=False), middle]

@@ -29,3 +29,11 @@ class TokenTexts:
     def text_of(self, token: int) -> str:
         """The text of a token, with a mark in place of bytes that are no character by themselves."""
         return self.bytes_of(token).decode("utf-8", errors="replace")
+
+    def name_of(self, token: int) -> str:
+        """The text of a token, or its bytes written out where they are no characters: no two tokens share a name."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
