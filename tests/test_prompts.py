@@ -230,7 +230,15 @@ def test_a_prompt_that_does_not_fit_names_both_numbers(plain: Model) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [TOOL, TOOL]}, "tools"),
-        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"$ref": "http://a/b"}},
+                }
+            },
+            "response_format",
+        ),
         ({"logit_bias": {"512": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
@@ -348,3 +356,36 @@ def test_a_gap_is_filled_by_models_that_know_how(tmp_path: Path) -> None:
     wanted = [before, *encode("def <|fim_middle|>", special=False), after, *encode("return", special=False), middle]
     assert list(found.prompt) == wanted
     assert found.prompt.count(middle) == 1
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.slow
+def test_an_answer_of_a_form_thinks_when_it_is_told_to(thinking: Model) -> None:
+    """A grammar begins where thoughts end; a model that writes their beginning itself would be kept from it."""
+    found = of_chat(thinking, response_format=SCHEMA)
+    assert text_of(thinking, found).endswith("<think>\n\n</think>\n\n")
+    assert (bool(found.request.grammar), found.request.inside) == (True, False)
+    found = of_chat(thinking, response_format=SCHEMA, enable_thinking=True, thinking_budget=9)
+    assert text_of(thinking, found).endswith("assistant\n<think>\n")
+    assert (bool(found.request.grammar), found.request.inside, found.request.budget) == (True, True, 9)
+
+
+@pytest.mark.slow
+def test_an_answer_follows_a_grammar_when_its_form_is_asked_for(plain: Model) -> None:
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    named = {"type": "function", "function": {"name": "f"}}
+    free: list[dict[str, Any]] = [{}, {"tools": [TOOL]}, {"response_format": {"type": "text"}}]
+    formed: list[dict[str, Any]] = [
+        {"response_format": SCHEMA},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [TOOL], "tool_choice": "required"},
+        {"tools": [TOOL], "tool_choice": named},
+        {"tools": [TOOL], "parallel_tool_calls": False},
+        {"tools": [TOOL], "response_format": SCHEMA},
+        {"tools": [strict]},
+    ]
+    assert not any(of_chat(plain, **more).request.grammar for more in free)
+    assert len({of_chat(plain, **more).request.grammar for more in formed} - {""}) >= 5
+    assert all(of_chat(plain, **more).request.grammar for more in formed)
