@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__, adapter_commands, bench_loop, commands, model_commands, retrieval_commands, serve_commands
+from pipeline import (
+    __version__,
+    adapter_commands,
+    bench_loop,
+    commands,
+    model_commands,
+    retrieval_commands,
+    serve_commands,
+)
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
 Command = Callable[[argparse.Namespace], int]

@@ -58,7 +58,9 @@ class Server:
 
     def calm(self, seconds: float = 20) -> bool:
         """Whether nothing runs and nothing waits any more."""
-        return eventually(lambda: self.metric("qwen_onnx_running") + self.metric("qwen_onnx_queue_length") == 0, seconds)
+        return eventually(
+            lambda: self.metric("qwen_onnx_running") + self.metric("qwen_onnx_queue_length") == 0, seconds
+        )
 
 
 def eventually(holds: Callable[[], bool], seconds: float) -> bool:

@@ -96,7 +96,7 @@ def create(models: Models, settings: Settings | None = None) -> FastAPI:
     for call in CALLS:
         _add(app, "POST", call.path, _handler(call, guarded, settings), call.gives, _responses(call), call.takes)
     _add_models(app, models)
-    _add_watching(app, models, settings, metrics)
+    _add_watching(app, models, metrics)
     free = _HEALTH
     if settings.page:
         app.router.routes.extend(page.routes())
@@ -210,7 +210,7 @@ def _add_models(app: FastAPI, models: Models) -> None:
     _add(app, "GET", "/v1/models/{model}", card, types.ModelCard, _responses(None))
 
 
-def _add_watching(app: FastAPI, models: Models, settings: Settings, metrics: Metrics) -> None:
+def _add_watching(app: FastAPI, models: Models, metrics: Metrics) -> None:
     """Health, metrics and the document."""
 
     def told(request: Request, found: Health, good: bool) -> Response:

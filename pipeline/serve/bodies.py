@@ -18,7 +18,7 @@ _LARGE = 1 << 18  # bytes whose parsing takes milliseconds: it is done beside th
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class Gone(Exception):
+class Gone(Exception):  # noqa: N818 - it is what the client has
     """The client has gone before its request was complete."""
 
 
@@ -75,9 +75,7 @@ async def parse(body: bytes) -> Any:
 
 def _parsed(body: bytes) -> Any:
     try:
-        value = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite
-        )
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         _check_depth(value)
         if _SURROGATE.search(body):
             json.dumps(value, ensure_ascii=False).encode("utf-8")

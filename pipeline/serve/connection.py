@@ -106,7 +106,12 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an error of the form that all others have."""
-        details: dict[str, Any] = {"message": msg, "type": "invalid_request_error", "param": None, "code": "bad_request"}
+        details: dict[str, Any] = {
+            "message": msg,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "bad_request",
+        }
         body = json.dumps({"error": details}).encode()
         headers = [
             (b"content-type", b"application/json"),

@@ -1,4 +1,4 @@
-"""What every request passes before its route: an id, a line in the log, the host, the key, and the rates of its client."""
+"""What every request passes before its route: an id, a line in the log, the host, the key, its client's rates."""
 
 from __future__ import annotations
 

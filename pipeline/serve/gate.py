@@ -16,7 +16,7 @@ from pipeline.serve.settings import Settings
 
 def gated(models: Models, settings: Settings, budgets: Budgets) -> Models:
     """The same models behind the server's limits."""
-    return Models(replace(model, engine=cast(Engine, _Gate(model.engine, settings, budgets))) for model in models)
+    return Models(replace(model, engine=cast("Engine", _Gate(model.engine, settings, budgets))) for model in models)
 
 
 class _Gate:
@@ -38,7 +38,7 @@ class _Gate:
         most = self._settings.max_tokens
         if most and request.limit > most:
             request = replace(request, limit=most)
-        return cast(Stream, _Counted(self._engine.submit(request, client), client, self._budgets))
+        return cast("Stream", _Counted(self._engine.submit(request, client), client, self._budgets))
 
     async def embed(self, rows: list[list[int]], dimensions: int | None, client: str = "") -> list[list[float]]:
         """As `Engine.embed`; raises TooLong as well."""

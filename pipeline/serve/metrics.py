@@ -43,7 +43,11 @@ class Metrics:
             "qwen_onnx_requests", "Requests by route and status.", ("endpoint", "status"), registry=self.registry
         )
         self._seconds = Histogram(
-            "qwen_onnx_request_seconds", "Until a response was sent.", ("endpoint",), buckets=_WAITS, registry=self.registry
+            "qwen_onnx_request_seconds",
+            "Until a response was sent.",
+            ("endpoint",),
+            buckets=_WAITS,
+            registry=self.registry,
         )
         self._first = Histogram(
             "qwen_onnx_time_to_first_token_seconds",

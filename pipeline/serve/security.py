@@ -90,7 +90,9 @@ def keys_of(text: str, where: str) -> tuple[Key, ...]:
         problem = _key_problem(name, secret)
         if problem:
             raise UsageError(
-                f"a key cannot be used: {problem}", where=f"{where}, line {number}", fix="make one: openssl rand -hex 32"
+                f"a key cannot be used: {problem}",
+                where=f"{where}, line {number}",
+                fix="make one: openssl rand -hex 32",
             )
         digest = hashlib.sha256(secret.encode()).digest()
         if any(key.digest == digest for key in found):

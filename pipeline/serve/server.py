@@ -160,7 +160,10 @@ async def _serve(setup: Setup, models: Models, bound: socket.socket, tell: Tell)
         loop.add_signal_handler(number, stop)
     serving = asyncio.create_task(server.serve(sockets=[bound]))
     loading = asyncio.create_task(_load(models, tell))
-    tell("listening", {"url": url_of(setup.place.host, bound), "models": [name for model in models for name in model.ids]})
+    tell(
+        "listening",
+        {"url": url_of(setup.place.host, bound), "models": [name for model in models for name in model.ids]},
+    )
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is not None:

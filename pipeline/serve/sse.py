@@ -33,7 +33,10 @@ class Source:
     """
 
     def __init__(
-        self, chunks: AsyncIterator[BaseModel], named: bool = False, failed: Callable[[Exception], None] = lambda _: None
+        self,
+        chunks: AsyncIterator[BaseModel],
+        named: bool = False,
+        failed: Callable[[Exception], None] = lambda _: None,
     ) -> None:
         self._chunks, self._named, self._failed = chunks, named, failed
         self._coming: asyncio.Future[BaseModel] | None = None
@@ -42,8 +45,9 @@ class Source:
     async def open(self) -> None:
         """Wait a moment for the first chunk; raises what the chunks raise until then."""
         try:
-            if await self._wait(_PATIENCE) and not isinstance(error := self._ready.exception(), StopAsyncIteration):
-                if error is not None:
+            if await self._wait(_PATIENCE):
+                error = self._ready.exception()
+                if error is not None and not isinstance(error, StopAsyncIteration):
                     raise error
         except BaseException:
             await self.aclose()
