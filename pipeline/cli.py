@@ -242,6 +242,8 @@ def _serve_command(root: Any) -> None:
     serve.add_argument("--idle-seconds", type=serve_commands.seconds, default=0.0, metavar="SECONDS", help=text)
     text = "that answers have to come to their end when the server is stopped (default: %(default)s)"
     serve.add_argument("--drain-seconds", type=serve_commands.seconds, default=30.0, metavar="SECONDS", help=text)
+    text = "in which a client has to take some of what waits for it (default: %(default)s)"
+    serve.add_argument("--write-seconds", type=serve_commands.seconds, default=30.0, metavar="SECONDS", help=text)
     serve.add_argument("--threads", type=int, help="processor threads of each model (default: all cores)")
     _provider_option(serve)
     serve.add_argument("--trust", action="store_true", help="load packages without checking them first")

@@ -13,7 +13,7 @@ from pipeline.errors import RuntimeMissing, UsageError
 
 
 def serve(options: argparse.Namespace) -> int:
-    check_positive(options, "queue", "parallel", "timeout", "threads", "max_body", "drain_seconds")
+    check_positive(options, "queue", "parallel", "timeout", "threads", "max_body", "drain_seconds", "write_seconds")
     try:
         from pipeline.serve import logs, security, server
         from pipeline.serve.engine import Limits
@@ -40,6 +40,7 @@ def serve(options: argparse.Namespace) -> int:
             max_tokens=options.max_tokens,
             max_body=options.max_body,
             drain_seconds=options.drain_seconds,
+            write_seconds=options.write_seconds,
             page=options.page,
         ),
         options=Options(

@@ -137,7 +137,7 @@ def _add(
         responses=responses,
         openapi_extra=openapi.body_of(takes) if takes else None,
         summary=(takes or gives or Response).__name__,
-        name=f"{method} {path}",
+        operation_id="_".join([method.lower(), *path.replace("/", " ").replace("{", " ").replace("}", " ").split()]),
     )
 
 
