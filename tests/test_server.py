@@ -174,6 +174,15 @@ def test_routes_beside_the_answers(server: Server) -> None:
     assert set(_references(document)) <= {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
 
 
+@pytest.mark.slow
+def test_no_request_that_the_document_allows_makes_the_server_fail(server: Server) -> None:
+    pytest.importorskip("schemathesis")
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json", "--no-color"]
+    checks = ["--checks", "not_a_server_error,status_code_conformance", "--phases", "fuzzing", "--max-examples", "4"]
+    done = subprocess.run([*command, *checks, "--seed", "1"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
 def _references(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield from ([value["$ref"]] if "$ref" in value else [])

@@ -135,7 +135,7 @@ def _add(
         methods=[method],
         response_model=gives,
         responses=responses,
-        openapi_extra=openapi.body_of(takes) if takes else None,
+        openapi_extra={**openapi.names_in(path), **(openapi.body_of(takes) if takes else {})},
         summary=(takes or gives or Response).__name__,
         operation_id="_".join([method.lower(), *path.replace("/", " ").replace("{", " ").replace("}", " ").split()]),
     )

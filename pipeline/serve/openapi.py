@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,13 @@ def body_of(kind: type[BaseModel]) -> dict[str, Any]:
     """What a route says of the body that it takes."""
     schema = {"$ref": _REFERENCE.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def names_in(path: str) -> dict[str, Any]:
+    """What a route says of the names in its path, such as ``{model}``."""
+    names = re.findall(r"{(\w+)}", path)
+    place = {"in": "path", "required": True, "schema": {"type": "string"}}
+    return {"parameters": [{"name": name, **place} for name in names]} if names else {}
 
 
 def document(app: FastAPI, kinds: Sequence[type[BaseModel]], keys: bool, description: str) -> dict[str, Any]:
