@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Input channels of a diagonal block: a multiple of every block size.
 _WIDTH = 1280
 
-# Share of the mean diagonal added to the Hessian. Channels that hardly ever fire carry no information, and a few thousand
+# Share of the mean diagonal added to the Hessian. Channels that hardly ever fire carry no information, and few
 # tokens say little of the rest: ten times what the paper adds fits texts better that were not calibrated on.
 _DAMPING = 0.1
 

@@ -16,7 +16,8 @@ import pytest
 from pipeline import chat, cli, generate
 from pipeline import session as sessions
 from pipeline.errors import PackageError, UsageError
-from pipeline.sampling import Sampling, TextStream
+from pipeline.generate import TextStream
+from pipeline.sampling import Sampling
 from pipeline.session import Session
 
 
