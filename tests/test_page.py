@@ -128,7 +128,7 @@ class _Markup(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         self._tag = tag
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
         self._tag = ""
 
     def handle_data(self, data: str) -> None:
@@ -153,7 +153,7 @@ def test_markup_has_no_scripts_styles_or_handlers_of_its_own() -> None:
     assert "".join(markup.inside).strip() == ""
     assert "style" not in {tag for tag, _ in markup.tags}
     names = {name for _, given in markup.tags for name in given}
-    assert not {name for name in names if name == "style" or name == "action" or name.startswith("on")}
+    assert not {name for name in names if name in {"style", "action"} or name.startswith("on")}
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ def test_no_text_takes_long_to_lay_out(chromium: browser.Browser, bare: str) -> 
         chromium,
         """
         const size = 60000;
-        const texts = ['**a ', '*a ', '~~a', '`', '` `` ', '|a', '|-', '- ', '> ', '>', '# ', '\\\\', '*', '[', '1. a\\n',
-            '- a\\n\\n', '- a\\n\\n\\n\\n', '```\\n', ' ', '* * ', '-\\n', 'a\\n|-|\\n', '  - a\\n'];
+        const texts = ['**a ', '*a ', '~~a', '`', '` `` ', '|a', '|-', '- ', '> ', '>', '# ', '\\\\', '*', '[',
+            '1. a\\n', '- a\\n\\n', '- a\\n\\n\\n\\n', '```\\n', ' ', '* * ', '-\\n', 'a\\n|-|\\n', '  - a\\n'];
         return texts.map(text => {
             const begun = performance.now();
             new view.Growing().show(text.repeat(size / text.length));
@@ -325,11 +325,13 @@ def test_text_of_a_model_is_never_markup(chromium: browser.Browser, bare: str) -
         chromium,
         f"""
         const text = {json.dumps(HOSTILE)};
-        const marked = `${{text}}\\n\\n**${{text}}**\\n\\n- ${{text}}\\n\\n|${{text}}|b|\\n|-|-|\\n|\\`${{text}}\\`|c|\\n\\n`
+        const marked = `${{text}}\\n\\n**${{text}}**\\n\\n- ${{text}}\\n\\n|${{text}}|b|\\n|-|-|\\n|`
+            + `\\`${{text}}\\`|c|\\n\\n`
             + `\\`\\`\\`${{text.replaceAll('`', '')}}\\n${{text}}\\n\\`\\`\\`\\n\\n# ${{text}}\\n\\n> ${{text}}\\n`;
         const answer = turns.answer(text);
         const call = {{index: 0, id: text, function: {{name: text, arguments: JSON.stringify({{[text]: text}})}}}};
-        turns.add(answer, {{choices: [{{delta: {{reasoning_content: text, content: marked, tool_calls: [call]}}}}]}}, 1);
+        turns.add(answer, {{choices: [{{delta: {{reasoning_content: text, content: marked, tool_calls: [call]}}}}]}},
+            1);
         turns.add(answer, {{choices: [{{delta: {{}}, finish_reason: 'tool_calls'}}]}}, 2);
         answer.error = new client.Refusal(text, {{status: 500, code: text}});
         answer.running = false;
@@ -371,7 +373,9 @@ def test_the_policy_stops_what_the_page_would_miss(chromium: browser.Browser, ba
 @pytest.mark.slow
 def test_events_are_the_same_wherever_the_bytes_are_cut(chromium: browser.Browser, bare: str) -> None:
     chromium.open(bare, 800)
-    events = ": ping\r\n\r\ndata: {\"a\": \"é你👩\"}\n\ndata:two\ndata: lines\r\r: x\nevent: e\r\ndata: [DONE]\r\n\r\ndata: half"
+    events = (
+        ': ping\r\n\r\ndata: {"a": "é你👩"}\n\ndata:two\ndata: lines\r\r: x\nevent: e\r\ndata: [DONE]\r\n\r\ndata: half'
+    )
     found = _run(
         chromium,
         f"""
@@ -480,9 +484,13 @@ def test_the_page_is_good_in_a_browser(chromium: browser.Browser, bare: str) -> 
                 if chromium.evaluate("document.getElementById('toggle').ariaExpanded") != settings:
                     chromium.evaluate("document.getElementById('toggle').click()")
     assert "404" in chromium.evaluate("document.querySelector('#trouble .error').textContent")
-    origins = chromium.evaluate("performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin + '/')")
+    origins = chromium.evaluate(
+        "performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin + '/')"
+    )
     assert set(origins) == {bare}
-    chromium.evaluate("document.getElementById('toggle').ariaExpanded === 'true' || document.getElementById('toggle').click()")
+    chromium.evaluate(
+        "document.getElementById('toggle').ariaExpanded === 'true' || document.getElementById('toggle').click()"
+    )
     nodes = chromium.call("Accessibility.getFullAXTree")["nodes"]
     for role in ("textbox", "combobox", "button", "spinbutton", "main", "complementary"):
         named = [node["name"]["value"] for node in nodes if node.get("role", {}).get("value") == role]
