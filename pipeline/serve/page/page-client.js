@@ -47,7 +47,7 @@ export async function* complete(body, signal) {
   for await (const data of reachable(messages(response.body), signal)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw refusal(chunk.error, response.status);
+    if (chunk.error) throw refusal(chunk.error, 0);
     yield chunk;
   }
   throw new Refusal("The connection ended before the answer did.");
@@ -105,7 +105,7 @@ async function* reachable(stream, signal) {
 
 function refusal(error, status, after = null) {
   const message = typeof error === "string" ? error : error?.message;
-  return new Refusal(message || `The server answered with status ${status}.`, {
+  return new Refusal(message || (status ? `The server answered with status ${status}.` : "The server failed."), {
     status,
     code: error?.code || error?.type || "",
     retryAfter: after === null ? null : seconds(after),

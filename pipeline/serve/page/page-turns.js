@@ -41,7 +41,7 @@ export function add(turn, chunk, now) {
 
 /** The calls of an answer that came whole: half a call is neither answered nor sent back. */
 export function wholeCalls(turn) {
-  return turn.role === "assistant" && turn.finish ? turn.calls.filter(Boolean) : [];
+  return turn.role === "assistant" && turn.finish && turn.finish !== "length" ? turn.calls.filter(Boolean) : [];
 }
 
 /** The calls at the end of a conversation that wait for results. */
@@ -69,8 +69,15 @@ function message(turn) {
     id, type: "function", function: { name, arguments: given },
   }));
   if (!turn.text && !calls.length) return null; // nothing was said: an error, or stopped at once
-  return { role: "assistant", content: turn.text || null, ...(calls.length && { tool_calls: calls }) };
+  return {
+    role: "assistant",
+    content: turn.text || null,
+    ...(turn.thoughts && { reasoning_content: turn.thoughts }), // templates keep those that belong to open calls
+    ...(calls.length && { tool_calls: calls }),
+  };
 }
+
+const SHORTEST = 0.1; // seconds; text that came at once tells no speed
 
 /** What is told below an answer: tokens and speed. */
 export function figures({ usage, first, last, thought, thoughts }) {
@@ -79,7 +86,7 @@ export function figures({ usage, first, last, thought, thoughts }) {
   const reasoned = usage?.completion_tokens_details?.reasoning_tokens;
   if (count !== undefined) told.push(`${number(count)} ${count === 1 ? "token" : "tokens"}`);
   if (count !== undefined && reasoned) told.push(`${number(reasoned)} of them thoughts`);
-  if (count > 1 && last > first) told.push(`${number((count - 1) / (last - first), 1)} tokens/s`);
+  if (count > 1 && last - first > SHORTEST) told.push(`${number((count - 1) / (last - first), 1)} tokens/s`);
   if (first !== null) told.push(`first token after ${duration(first)}`);
   if (usage?.prompt_tokens !== undefined) {
     const cached = usage.prompt_tokens_details?.cached_tokens;

@@ -143,9 +143,12 @@ function whole(turn) {
   return turn.finish !== null;
 }
 
+/** Arguments on lines of their own, unless that changed more than white space: a long number loses digits. */
 function pretty(given) {
+  const bare = (text) => text.replace(/\s/g, "");
   try {
-    return JSON.stringify(JSON.parse(given), null, 2);
+    const laid = JSON.stringify(JSON.parse(given), null, 2);
+    return bare(laid) === bare(given) ? laid : given;
   } catch {
     return given; // as the model wrote it
   }

@@ -22,6 +22,7 @@ let models = [];
 let turns = [];
 let pictures = [];
 let running = null; // of the answer that is being made: {turn, controller, heard}
+let following = true; // whether the end is in view, and is to stay there
 let afterKey = null; // what to do once there is a key
 
 // Models.
@@ -170,9 +171,8 @@ async function run(body, own) {
 
 function paint(own) {
   const { turn } = own;
-  const follow = isAtEnd();
   views.get(turn).update(turns);
-  if (follow) toEnd();
+  if (following) toEnd();
   const blocks = views.get(turn).text.spoken(own.heard, !turn.running);
   own.heard += blocks.length;
   if (!turn.running) blocks.push(...turn.calls.filter(Boolean).map((call) => `Calls ${call.name}`));
@@ -285,6 +285,7 @@ function isAtEnd() {
 }
 
 function toEnd() {
+  following = true;
   at.conversation.scrollTop = at.conversation.scrollHeight;
 }
 
@@ -412,6 +413,11 @@ document.addEventListener("keydown", (event) => {
     editing.querySelector('[data-act="cancel"]').click();
   }
 });
+at.conversation.addEventListener("scroll", () => { following = isAtEnd(); });
+const resized = new ResizeObserver(() => { if (following && turns.length) toEnd(); }); // pictures load, the question grows
+resized.observe(at.conversation);
+resized.observe(at.turns);
+
 at.stop.addEventListener("click", () => {
   stop();
   at.question.focus();
