@@ -221,14 +221,14 @@ class Generator:
         host = self._opened
         request = _request(endpoint, host.model, fields)
         if getattr(request, "stream", None) and endpoint.pieces:
-            return Answers(host, host.result(endpoint.pieces(host.models, request)))
+            return Answers(self, host, host.result(endpoint.pieces(host.models, request)))
         return host.result(endpoint.whole(host.models, request))
 
     async def _aanswer(self, endpoint: _Endpoint, fields: Mapping[str, Any]) -> Any:
         host = self._opened
         request = _request(endpoint, host.model, fields)
         if getattr(request, "stream", None) and endpoint.pieces:
-            return AsyncAnswers(host, await host.awaited(endpoint.pieces(host.models, request)))
+            return AsyncAnswers(self, host, await host.awaited(endpoint.pieces(host.models, request)))
         return await host.awaited(endpoint.whole(host.models, request))
 
     async def _batch(self, requests: Sequence[Mapping[str, Any]]) -> list[BaseModel | QwenOnnxError]:
@@ -290,16 +290,18 @@ class _Host:
             if self._over:
                 return
             self._over = True
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+            if self._thread.is_alive():
+                asyncio.run_coroutine_threadsafe(self._stop(), self._loop)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
 
     def submit(self, work: Coroutine[Any, Any, Value]) -> concurrent.futures.Future[Value]:
         """Begin ``work`` in the loop; raises `UsageError` after the end of it."""
-        if self._over:
-            work.close()
-            raise UsageError("the generator is closed", fix="make another one")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:  # so that nothing is begun after what ends the loop
+            if not self._over:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise UsageError("the generator is closed", fix="make another one")
 
     def result(self, work: Coroutine[Any, Any, Value]) -> Value:
         """The result of ``work``, which is given up when waiting for it is interrupted."""
@@ -365,7 +367,8 @@ Chunk = TypeVar("Chunk")
 class Answers(Generic[Chunk]):
     """The pieces of an answer. It is given up when the iterator is left: by `close`, ``with``, or when nobody has it."""
 
-    def __init__(self, host: _Host, chunks: Any) -> None:
+    def __init__(self, owner: Generator, host: _Host, chunks: Any) -> None:
+        self._owner = owner  # which would be closed if nobody had it
         self._host, self._chunks, self._over = host, chunks, False
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -407,7 +410,8 @@ class Answers(Generic[Chunk]):
 class AsyncAnswers(Generic[Chunk]):
     """The same, awaited. It is given up by `aclose`, ``async with``, or when nobody has it."""
 
-    def __init__(self, host: _Host, chunks: Any) -> None:
+    def __init__(self, owner: Generator, host: _Host, chunks: Any) -> None:
+        self._owner = owner  # which would be closed if nobody had it
         self._host, self._chunks, self._over = host, chunks, False
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
