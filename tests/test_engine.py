@@ -191,15 +191,17 @@ def test_a_full_queue_refuses_and_clients_take_turns(tiny_package: Path, session
 @pytest.mark.slow
 def test_who_leaves_makes_room(tiny_package: Path, session: Session) -> None:
     async def run() -> None:
-        async with started(tiny_package, Limits(timeout=1.0), parallel=1) as engine:
+        async with started(tiny_package, parallel=1) as engine:
             stream = engine.submit(endless(session))
             async for event in stream:
                 if isinstance(event, Piece):
                     break
             stream.cancel()
             await answered(engine, Request(PROMPT, 2))
+            engine.limits = Limits(timeout=0.05)
             with pytest.raises(TimedOut):
                 await answered(engine, endless(session))
+            engine.limits = Limits()
             await answered(engine, Request(PROMPT, 2))
             assert (engine.counts.cancelled, engine.counts.timed_out) == (1, 1)
 

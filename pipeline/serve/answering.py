@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline import adapter_files, adapters, generate, images
 from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
-from pipeline.generate import Floats, Reader, TextStream
+from pipeline.generate import Reader, TextStream
 from pipeline.sampling import Sampler, log_probabilities
 from pipeline.serve.events import LENGTH, STOP, End, Event, Piece, Prefilled, Request
 from pipeline.serve.slots import Slots
 from pipeline.session import Session
 from pipeline.thinking import CLOSING, Budget, Splitter
+
+if TYPE_CHECKING:
+    from pipeline.generate import Floats
 
 _AFTER_THOUGHTS = "\n\n"  # what Qwen's models write between their thoughts and the answer
 
@@ -161,11 +165,11 @@ class Stops:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str]:
-        """The text that became final, and the stop that was found: the one that begins first."""
+        """The text that became final, and the stop that was found: the one that ends first."""
         self._held += text
-        found = [(at, stop) for stop in self._texts if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._texts if (at := self._held.find(stop)) >= 0]
         if found:
-            at, stop = min(found)
+            _, at, stop = min(found)
             final, self._held = self._held[:at], ""
             return final, stop
         kept = max((_overlap(self._held, stop) for stop in self._texts), default=0)

@@ -112,20 +112,24 @@ def tokenizer(tokenizer_json: Path | str, eos: tuple[int, ...]) -> Any:
     except ImportError as error:
         fix = "pip install '.[serve]'"
         raise RuntimeMissing("llguidance or tokenizers is not installed", why=str(error), fix=fix) from None
-    made = tokenizers.Tokenizer
+    kind = tokenizers.Tokenizer
     try:
-        read = made.from_file(str(tokenizer_json)) if isinstance(tokenizer_json, Path) else made.from_str(tokenizer_json)
+        read = (
+            kind.from_file(str(tokenizer_json)) if isinstance(tokenizer_json, Path) else kind.from_str(tokenizer_json)
+        )
         tokens = _Tokens(read, eos)
     except Exception as error:  # tokenizers raises bare exceptions
         raise PackageError("the tokenizer cannot be read", where="tokenizer.json", why=str(error)) from None
-    return llguidance.LLTokenizer(tokens, eos_token=list(eos))
+    made: Any = llguidance.LLTokenizer  # it asks for a class of its own, and takes whatever has its attributes
+    return made(tokens, eos_token=list(eos))
 
 
 def bytes_tokenizer() -> Any:
     """A tokenizer of single bytes and an end, for grammars that are checked without a model."""
     import llguidance
 
-    return llguidance.LLTokenizer(_Bytes(), eos_token=[256])
+    made: Any = llguidance.LLTokenizer
+    return made(_Bytes(), eos_token=[256])
 
 
 class _Tokens:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +364,8 @@ class Engine:
             self._finish(job)
         else:
             event = _KINDS[name](**message[name])
+            if isinstance(event, Piece):
+                event = replace(event, top=tuple((token, logprob) for token, logprob in event.top))
             self._count(job, event)
             job.events.put_nowait(event)
             if isinstance(event, End):
