@@ -93,7 +93,7 @@ def _place(error: Mapping[str, Any], data: Any) -> Place:
         tags = [data.get(name) for name in _DISCRIMINATORS] if isinstance(data, dict) else []
         if not tagged and not last and step != "function" and step in tags:
             tagged = True
-        elif isinstance(data, dict) and step in data or isinstance(data, list) and isinstance(step, int):
+        elif (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int)):
             place.append(step)
             data, tagged = data[step], False  # type: ignore[index]
         elif last and error["type"] in {"missing", "extra_forbidden"}:

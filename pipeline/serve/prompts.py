@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.chat import Tokenizer
 from pipeline.sampling import Sampling
-from pipeline.serve import conversations, thoughts, tool_calls
+from pipeline.serve import conversations, grammar, thoughts, tool_calls
 from pipeline.serve.events import Request
 from pipeline.serve.models import Model
 from pipeline.serve.protocol import ChatRequest, CompletionRequest, NamedTool, Sampled, Tool
@@ -52,7 +52,7 @@ def of_chat(model: Model, adapter: str, request: ChatRequest) -> Asked:
     _check_generates(model)
     _check_chat(request)
     tools = _tools(model, request)
-    form = _grammar(request, tools)
+    form = _grammar(model, request, tools)
     think = thoughts.wanted(model, request, bool(form))
     messages, pictures = conversations.templated(request.messages, model.sees)
     told = thoughts.variables(model, think) | variables(model.tokenizer, request.chat_template_kwargs)
@@ -194,35 +194,24 @@ def _tools(model: Model, request: ChatRequest) -> list[Tool]:
     return tools
 
 
-def _grammar(request: ChatRequest, tools: Sequence[Tool]) -> str:
-    """The grammar that the answer has to follow; empty when it may be any text."""
-    from pipeline.serve import grammar
+def _grammar(model: Model, request: ChatRequest, tools: Sequence[Tool]) -> str:
+    """The grammar that the answer has to follow; empty when it may be any text.
 
+    Calls that may be made and need not be strict are left to the model.
+    """
     form = request.response_format
-    formed = form is not None and form.type != "text"
+    wanted = form.model_dump(by_alias=True, exclude_none=True) if form is not None and form.type != "text" else None
+    if not tools:
+        return grammar.response_grammar(wanted)
     choice = request.tool_choice or "auto"
-    strict = any(tool.function.strict for tool in tools)
     parallel = request.parallel_tool_calls is not False
-    if tools and (choice != "auto" or strict or not parallel):
-        if formed:
-            raise Unsupported(
-                "`response_format` and the tools ask for two forms of one answer",
-                why="tools that have to be called, strict ones, and one call at a time are each a form of their own",
-                fix="leave out one of them",
-                parameter="response_format",
-            )
-        given = choice if isinstance(choice, str) else choice.model_dump()
-        return grammar.tools_grammar([tool.model_dump(exclude_none=True) for tool in tools], given, parallel)
-    if form is None or not formed:
+    strict = any(tool.function.strict for tool in tools)
+    if choice == "auto" and parallel and not strict and wanted is None:
         return ""
-    if tools:
-        raise Unsupported(
-            "`response_format` with tools is not honoured",
-            why="an answer that has to follow a schema cannot be a tool call as well",
-            fix="leave out one of them, or set `tool_choice` to none",
-            parameter="response_format",
-        )
-    return grammar.response_grammar(form.model_dump(by_alias=True, exclude_none=True))
+    given = choice if isinstance(choice, str) else choice.model_dump()
+    offered = [tool.model_dump(exclude_none=True) for tool in tools]
+    written = tool_calls.form_of(model.tokenizer.template)
+    return grammar.tools_grammar(offered, given, parallel, written, wanted)
 
 
 def variables(tokenizer: Tokenizer, given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class ChatRequest(Sampled):
         "prediction": "the runtime takes no predicted answer; what a prompt repeats is found without it",
         "web_search_options": "this server reaches no network",
         "moderation": "this server moderates nothing",
-        "prompt_cache_options": "the cache of prompts keeps what was used last, and `cache_prompt` is all it can be told",
+        "prompt_cache_options": "the cache of prompts keeps what was used last, and is told by `cache_prompt` alone",
     }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -663,7 +663,7 @@ def parse(kind: type[Kind], data: Any) -> Kind:
     """The request that ``data`` (as JSON gives it) is.
 
     Raises:
-        Refused: a field is unknown, has another type or value than it may, or is missing; its ``parameter`` is the field.
+        Refused: a field is unknown, has another type or value than it may, or is missing; ``parameter`` names it.
         Unsupported: a field is one of OpenAI's that this server does not honour.
     """
     mistakes.check_fields(data, kind.refused)
