@@ -137,7 +137,9 @@ class Building:
     def _begin(self, kind: str, call: tuple[str, str] = ("", "")) -> None:
         self._close("completed")
         self._open = _Open(kind, call)
-        self._tell(ItemEvent, "response.output_item.added", output_index=self._index, item=self._open.item("in_progress"))
+        self._tell(
+            ItemEvent, "response.output_item.added", output_index=self._index, item=self._open.item("in_progress")
+        )
         if kind != _CALL:
             self._tell(PartEvent, "response.content_part.added", **self._place, part=self._open.part(begun=True))
 
@@ -145,7 +147,9 @@ class Building:
         assert self._open is not None
         self._open.text.append(text)
         self._open.logprobs += logprobs
-        self._tell(PieceEvent, f"response.{self._open.kind}.delta", **self._where, delta=text, **self._told_of(logprobs))
+        self._tell(
+            PieceEvent, f"response.{self._open.kind}.delta", **self._where, delta=text, **self._told_of(logprobs)
+        )
 
     def _close(self, status: Status) -> None:
         """End the item that is open."""

@@ -192,9 +192,7 @@ class AllowedTools(Part):
     tools: Annotated[list[FunctionChoice], Field(min_length=1, max_length=128)]
 
 
-ToolChoice = (
-    Literal["none", "auto", "required"] | Annotated[FunctionChoice | AllowedTools, Field(discriminator="type")]
-)
+ToolChoice = Literal["none", "auto", "required"] | Annotated[FunctionChoice | AllowedTools, Field(discriminator="type")]
 
 
 class JsonSchema(Part):

@@ -1,8 +1,8 @@
 """Calls of tools in what a model writes: told apart from text, and given on, as the answer streams.
 
 Qwen2.5 and Qwen3 write ``<tool_call>``, a JSON object with ``name`` and ``arguments``, ``</tool_call>`` (as Hermes
-models do); Qwen3-Coder writes ``<function=...>`` and ``<parameter=...>`` tags inside. Text is read character by character, so
-where it is cut makes no difference. This module knows text and nothing of models or tokenizers.
+models do); Qwen3-Coder writes ``<function=...>`` and ``<parameter=...>`` tags inside. Text is read character by
+character, so where it is cut makes no difference. This module knows text and nothing of models or tokenizers.
 
 What is no well-formed call loses nothing:
 
