@@ -9,6 +9,7 @@ from typing import Any
 
 def verify(options: argparse.Namespace) -> int:
     from pipeline import golden, verify, verify_script
+    from pipeline.report import Events
 
     replayed: dict[str, Any] = {}
 
@@ -23,16 +24,20 @@ def verify(options: argparse.Namespace) -> int:
 
     steps = (("runtime", verify.required_runtime), ("replay", replay)) if options.replay else ()
     report = verify.inspect(verify.Received(options.package, options.key), steps or (("runtime", verify.runtime),))
-    if options.json:
-        facts = {"package": str(options.package), **report.as_dict()}
-        facts |= {check.name: check.text for check in report.checks if check.name == "runtime" and replayed}
-        print(json.dumps(facts | ({"replay": replayed} if replayed else {})))
-    else:
-        print("\n".join(verify_script.lines(report)))
+    facts = {"package": str(options.package), **report.as_dict()}
+    if replayed:
+        facts |= {"runtime": next(check.text for check in report.checks if check.name == "runtime"), "replay": replayed}
     if report.error:
-        raise report.error
-    if not options.json and report.manifest:
-        print(f"{report.manifest.data['name']}  digest {report.manifest.digest}")
+        if not options.json:
+            print("\n".join(verify_script.lines(report)))
+            raise report.error
+        Events().emit("error", exit_code=report.error.exit_code, **report.error.as_dict(), **facts)
+        return report.error.exit_code
+    if options.json:
+        print(json.dumps(facts))
+        return 0
+    print("\n".join(verify_script.lines(report)))
+    print(f"{facts['name']}  digest {facts['digest']}")
     return 0
 
 
