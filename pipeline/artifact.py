@@ -271,6 +271,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def shown(name: str) -> str:
+    """A name that nobody has to trust, as it may go to a terminal: control characters are escaped."""
+    return name if name.isprintable() else ascii(name)
+
+
 def is_file_name(name: str) -> bool:
     """Whether ``name`` can be a file of a package: visible, printable, and one component on every system."""
     return bool(name) and name.isprintable() and not name.startswith(".") and not set(name) & set('/\\:*?"<>|')

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import retrieval_config
-from pipeline.artifact import MANIFEST, Manifest, is_file_name, read_json
+from pipeline.artifact import MANIFEST, Manifest, is_file_name, read_json, shown
 from pipeline.errors import PackageError
 
 # Keys that a genai_config.json may have; every other one is refused. Left out on purpose: `custom_ops_library` and
@@ -199,7 +199,7 @@ def _config_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
             yield f"`{key or 'the file'}` is no object"
             return
         for name, item in value.items():
-            inner = f"{key}.{name}" if key else name
+            inner = f"{key}.{shown(name)}" if key else shown(name)
             if name in allowed:
                 yield from _config_problems(item, allowed[name], inner)
             else:
@@ -229,7 +229,7 @@ def _list_problems(value: Any, allowed: Any, key: str) -> Iterator[str]:
     elif allowed:
         for group in value:
             for name, stage in group.items() if isinstance(group, dict) else [("", group)]:
-                yield from _config_problems(stage, allowed, f"{key}.{name}")
+                yield from _config_problems(stage, allowed, f"{key}.{shown(name)}")
     elif not all(_is_provider(entry) for entry in value):
         yield f"`{key}` names providers or options that are not known to be safe"
 

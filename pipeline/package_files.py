@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline import digest
-from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, SIGNED, Manifest
+from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, SIGNED, Manifest, shown
 from pipeline.errors import PackageError
 from pipeline.signature import Signed
 
@@ -88,8 +88,3 @@ def _refuse(package: Path, found: Found) -> None:
             fix="fetch it again, and do not load it",
             codes=list(dict.fromkeys(code for code, _ in found)),
         )
-
-
-def shown(name: str) -> str:
-    """A found file's name; control characters would reach the terminal."""
-    return name if name.isprintable() else ascii(name)

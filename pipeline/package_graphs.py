@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import onnx_references
+from pipeline.artifact import shown
 from pipeline.errors import PackageError
 from pipeline.package_config import is_name
 
@@ -27,7 +28,7 @@ def check_external_data(package: Path) -> None:
             if problem:
                 raise PackageError(
                     f"{path.name} refers to data that it may not read",
-                    where=f"tensor {entry.tensor}",
+                    where=f"tensor {shown(entry.tensor)}",
                     why=problem,
                     fix="do not load it",
                     codes=["data.outside"],

@@ -64,11 +64,16 @@ def _checkpoint(source: Mapping[str, Any]) -> list[dict[str, Any]]:
         if place.get("type") == "hub"
     ]
     wheels = [
-        {"name": "checkpoint", "uri": purl("pypi", *wheel["requirement"].split("==")), "annotations": wheel}
+        {"name": "checkpoint", "uri": _wheel(wheel["requirement"]), "annotations": wheel}
         for place in source.get("locations", ())
         for wheel in place.get("wheels", ())
     ]
     return [{**whole, "annotations": {"license": source["license"]}}, *places, *wheels]
+
+
+def _wheel(requirement: str) -> str:
+    name, _, version = requirement.partition("==")
+    return purl("pypi", name, version)
 
 
 def purl(kind: str, name: str, version: str) -> str:

@@ -137,9 +137,7 @@ def _signed_files(bundle: Mapping[str, Any], key: PublicKey | None) -> dict[str,
         raise ValueError(f"its media type is {bundle['mediaType']!r}")
     material = bundle["verificationMaterial"]
     if key and "publicKey" not in material:
-        raise _OtherKeyError(
-            "it was made with a certificate or an identity: check it with model-signing"
-        )
+        raise _OtherKeyError("it was made with a certificate or an identity: check it with model-signing")
     hint = material.get("publicKey", {}).get("hint")
     if key and hint and hint != key.hint:
         raise _OtherKeyError(f"it names the key {str(hint)[:16]!r}, and {key.hint[:16]!r} was given")

@@ -45,7 +45,12 @@ def sign(package: Path, private: Path, builder: str = provenance.BUILDER) -> dic
     manifest = verify.package(package)
     sums = {name: sha256 for name, (_, sha256) in manifest.files.items()}
     sums |= {name: digest.of_file(package / name) for name in (MANIFEST, CHECKSUMS)}
-    made = provenance.statement(manifest.data, sums, builder, revision())
+    try:
+        made = provenance.statement(manifest.data, sums, builder, revision())
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise PackageError(
+            f"{package} cannot be signed", why=f"its {MANIFEST} does not tell where it comes from ({error!r})"
+        ) from None
     from cryptography.hazmat.primitives import serialization
 
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)

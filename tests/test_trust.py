@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,19 +13,19 @@ from typing import Any
 
 import pytest
 from test_verify import CONFIG, GOOD, external, model, seal
+from test_verify_script import script
 
-from pipeline import bom, bundle, cli, digest, package_files, provenance, signature, verify
+from pipeline import bom, cli, digest, package_files, provenance, signature, verify
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE
 from pipeline.errors import PackageError, UsageError
 
-model_signing = pytest.importorskip("model_signing")
+pytest.importorskip("model_signing")
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from pipeline import signing
 
 ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "tests" / "fixtures" / "packages"
 # Stands where the package's own replay is: whatever loads the package leaves a trace of it.
 TRIPWIRE = """import pathlib, sys
 def main(arguments):
@@ -163,7 +160,10 @@ def test_private_keys_are_handled_with_care(
     verify.package(package, key=locked[1])
     monkeypatch.delenv(signing.PASSWORD)
 
-    for name, key in (("rsa", rsa.generate_private_key(65537, 2048)), ("p521", ec.generate_private_key(ec.SECP521R1()))):
+    for name, key in (
+        ("rsa", rsa.generate_private_key(65537, 2048)),
+        ("p521", ec.generate_private_key(ec.SECP521R1())),
+    ):
         with pytest.raises(UsageError, match="is no key that signs packages"):
             signing.sign(package, keys(tmp_path, name, key)[0])
     public.chmod(0o600)
@@ -290,16 +290,6 @@ def _sign_anything(folder: Path, private: Path) -> None:
     signing._model_signing(folder, private, None, folder / SIGNATURE)
 
 
-def _script(package: Path, *arguments: str, site: bool = True) -> tuple[int, dict[str, Any]]:
-    """The shipped script, in a process that has nothing of this project; without ``site`` nothing is installed."""
-    script = package.parent / "verify.py"
-    script.write_text(bundle.verify_script(), encoding="utf-8")
-    command = [sys.executable, "-I", *([] if site else ["-S"]), str(script), str(package), *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("case", REJECTED)
 def test_what_is_wrong_is_named_and_nothing_is_loaded(case: str, signed: Path, pair: tuple[Path, Path]) -> None:
     """The shipped script and the command refuse it alike, although both were asked to load and replay it."""
@@ -307,7 +297,7 @@ def test_what_is_wrong_is_named_and_nothing_is_loaded(case: str, signed: Path, p
     tamper(signed)
     if again:
         _sign_anything(signed, pair[0])
-    exit_code, report = _script(signed, "--key", str(pair[1]), "--replay")
+    exit_code, report = script(signed, "--key", str(pair[1]), "--replay")
     assert exit_code == 9, report
     assert not report["passed"]
     last = report["checks"][-1]
@@ -322,7 +312,7 @@ def test_what_is_wrong_is_named_and_nothing_is_loaded(case: str, signed: Path, p
 
 def test_the_tripwire_would_have_shown_it(signed: Path, pair: tuple[Path, Path]) -> None:
     pytest.importorskip("onnxruntime_genai")
-    code, report = _script(signed, "--key", str(pair[1]), "--replay")
+    code, report = script(signed, "--key", str(pair[1]), "--replay")
     assert (code, report["passed"]) == (0, True), report
     names = [check["name"] for check in report["checks"]]
     assert names == [
@@ -333,12 +323,12 @@ def test_the_tripwire_would_have_shown_it(signed: Path, pair: tuple[Path, Path])
 
 
 def test_where_nothing_is_installed_all_but_the_load_is_checked(signed: Path, pair: tuple[Path, Path]) -> None:
-    code, report = _script(signed, "--key", str(pair[1]), site=False)
+    code, report = script(signed, "--key", str(pair[1]), site=False)
     assert code == 0, report
     states = {check["name"]: (check["state"], check["codes"]) for check in report["checks"]}
     assert states.pop("runtime") == ("unchecked", ["runtime.missing"])
     assert {state for state, _ in states.values()} == {"passed"}
-    code, report = _script(signed, "--replay", site=False)
+    code, report = script(signed, "--replay", site=False)
     assert (code, report["checks"][-1]["codes"]) == (10, ["runtime.missing"])
     assert not (signed.parent / "loaded").exists()
 
@@ -368,27 +358,6 @@ def test_what_was_signed_with_the_other_tool_verifies_here(package: Path, pair: 
     assert "provenance" not in report.checks[0].text
 
 
-def test_the_script_is_made_of_the_modules_as_they_stand(tmp_path: Path) -> None:
-    text = bundle.verify_script()
-    for name in bundle.MODULES:
-        assert (ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8") in text
-    trees = (ast.parse((ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8")) for name in bundle.MODULES)
-    nodes = [node for tree in trees for node in tree.body]
-    imported = {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
-    assert imported <= {*sys.stdlib_module_names, "pipeline", "__future__"}
-    assert text == bundle.verify_script()
-
-
-def test_every_code_is_documented_and_every_documented_code_exists() -> None:
-    pattern = r"(?:signature|files|digests|manifest|configuration|data|runtime|replay|license)\.[a-z]+"
-    code = "\n".join((ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8") for name in (*bundle.MODULES, "golden"))
-    used = set(re.findall(rf'"({pattern})"', code))
-    documented = set(re.findall(rf"(?m)^\| `({pattern})`", (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")))
-    assert len(used) > 15
-    assert {name for name in used if not name.endswith((".json", ".py"))} == documented
-
-
 VALIDATION = {"gates": [{"metric": "mean_kl", "path": "decode", "value": 0.018, "bound": 0.035, "sense": "max"}]}
 
 
@@ -411,22 +380,6 @@ def test_the_bill_of_materials_is_valid_to_the_letter_and_always_the_same(licens
     assert {"pkg:pypi/torch@2.13.0%2Bcpu", f"pkg:huggingface/Qwen/Tiny-GGUF@{'c' * 40}"} <= purls
     refs = {subject["bom-ref"], *(entry["bom-ref"] for entry in made["components"])}
     assert {ref for entry in made["dependencies"] for ref in (entry["ref"], *entry.get("dependsOn", ()))} <= refs
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()) if FIXTURES.is_dir() else ["none"])
-def test_packages_of_earlier_versions_keep_verifying(name: str, tmp_path: Path) -> None:
-    folder = FIXTURES / name
-    manifest = verify.package(folder)
-    assert manifest.data["schema_version"] == 1
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
-    copy = tmp_path / name
-    shutil.copytree(folder, copy)
-    code, report = _script(copy, site=False)
-    assert code == 0, report
-    if (folder / "verify.py").is_file():  # the script that was shipped then
-        command = [sys.executable, "-I", "-S", str(folder / "verify.py"), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, json.loads(done.stdout)["passed"]) == (0, True)
 
 
 def test_the_names_of_what_signing_adds_are_in_no_manifest(package: Path) -> None:
