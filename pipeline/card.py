@@ -205,10 +205,11 @@ int main() {{
 ```
 
 ```java
-import ai.onnxruntime.genai.*;  // the prompt is written out: not every version of this binding renders chat templates
+import ai.onnxruntime.genai.*;
 
 try (var model = new Model("DIR"); var tokenizer = new Tokenizer(model); var parameters = new GeneratorParams(model)) {{
-    var prompt = tokenizer.encode("<|im_start|>user\\nWrite a haiku about ONNX.<|im_end|>\\n<|im_start|>assistant\\n");
+    var messages = "[{{\\"role\\": \\"user\\", \\"content\\": \\"Write a haiku about ONNX.\\"}}]";
+    var prompt = tokenizer.encode(tokenizer.applyChatTemplate("", messages, "", true));
     parameters.setSearchOption("max_length", prompt.getSequence(0).length + 200);
     try (var generator = new Generator(model, parameters); var stream = tokenizer.createStream()) {{
         generator.appendTokenSequences(prompt);
