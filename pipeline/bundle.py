@@ -18,6 +18,12 @@ the package could replace the script too: check a signature with one that came a
 """
 
 import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("verify.py needs Python 3.11 or newer")
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the package's own folder, where a json.py would be imported before anything is checked
+
 import types
 
 _package = sys.modules["pipeline"] = types.ModuleType("pipeline")

@@ -11,6 +11,7 @@ from pipeline.task import EMBED, GENERATE, RERANK
 
 # Licences that model hubs know by name, in small letters; SPDX identifiers as recipes write them.
 HUB_LICENSES = ("Apache-2.0", "MIT")
+TOOLS_LICENSE = "LICENSE-qwen-onnx"  # of the scripts, where the model's licence is another
 USE = {
     GENERATE: "Answers to what people or programs ask, on the device or server of whoever runs it, as the base model gives them",
     EMBED: "Vectors of texts, to find texts by their meaning",
@@ -394,6 +395,8 @@ def notice(manifest: Mapping[str, Any], original: str = "") -> str:
 
 Changed from the original: the weights were converted to ONNX and quantized
 ({scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
+Nothing of these tools is in the package but replay.py and verify.py, which are part of qwen-onnx, licensed under Apache-2.0
+(see {"LICENSE" if source["license"] == "Apache-2.0" else TOOLS_LICENSE}). bom.cdx.json has the licence of each.
 {_whose(manifest)}""" + (f"\nThe notices of the original:\n\n{original}" if original else "")
 
 

@@ -73,6 +73,7 @@ def sign(package: Path, private: Path, builder: str = provenance.BUILDER) -> dic
 def _private_key(path: Path) -> tuple[Any, bytes | None]:
     """The key in a file, and the password that it took."""
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError as error:
@@ -92,7 +93,7 @@ def _private_key(path: Path) -> tuple[Any, bytes | None]:
         lacks = PASSWORD not in os.environ
         why = f"it is encrypted, and {PASSWORD} is not set" if lacks else f"{PASSWORD} is set, and it is not encrypted"
         raise UsageError(f"{path} cannot be read", why=why) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise UsageError(f"{path} is no private key, or its password is another", why=str(error), fix=fix) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         raise UsageError(f"{path} is no key that signs packages", why="it is of neither P-256 nor P-384", fix=fix)

@@ -19,9 +19,14 @@ DISTRIBUTION = "onnxruntime-genai"
 NEWEST = "0.18.0"  # of November 2026
 
 
+def packages() -> list[Path]:
+    """The kept packages that can be replayed; the first ones recorded no probabilities."""
+    return [path.parent for path in sorted(PACKAGES.glob("*/replay.py"))]
+
+
 def claimed() -> list[str]:
     """The oldest version that the kept packages ask for, and the newest that was tried."""
-    manifests = [json.loads((folder / "manifest.json").read_bytes()) for folder in sorted(PACKAGES.iterdir())]
+    manifests = [json.loads((folder / "manifest.json").read_bytes()) for folder in packages()]
     oldest = {str(manifest["runtime"]["minimum"]) for manifest in manifests}
     return [*sorted(oldest), NEWEST]
 
@@ -32,7 +37,7 @@ def main(versions: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for version in versions or claimed():
             python = _environment(Path(folder) / version, version)
-            for package in sorted(PACKAGES.iterdir()):
+            for package in packages():
                 command = [str(python), "-I", str(package / "replay.py"), str(package)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 said = (done.stdout or done.stderr).strip().replace("\n", "; ")

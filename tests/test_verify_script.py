@@ -66,3 +66,17 @@ def test_packages_of_earlier_versions_keep_verifying(name: str, tmp_path: Path) 
         command = [sys.executable, "-I", "-S", str(folder / "verify.py"), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert (done.returncode, json.loads(done.stdout)["passed"]) == (0, True)
+
+
+def test_nothing_of_the_package_is_imported_before_it_is_checked(tmp_path: Path) -> None:
+    """Python looks for modules where its script lies first: one there would run before the first check."""
+    copy = tmp_path / "package"
+    shutil.copytree(FIXTURES / "first", copy)
+    for name in ("json", "argparse", "types", "dataclasses", "hashlib", "re"):
+        (copy / f"{name}.py").write_text("import os; os._exit(77)")
+    (copy / "verify.py").write_text(bundle.verify_script(), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "verify.py", "--json"], capture_output=True, text=True, check=False, cwd=copy
+    )
+    assert done.returncode == 9, done.stderr
+    assert json.loads(done.stdout)["checks"][-1]["codes"] == ["files.extra"]

@@ -71,6 +71,8 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
         _check_context(model, checkpoint, step.fields["generation"]["context_length"])
     context = configure(out_dir, step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
+    if step.fields["license"] != "Apache-2.0":
+        shutil.copyfile(_LICENSES / "Apache-2.0.txt", out_dir / card.TOOLS_LICENSE)
     manifest = _describe(step, inputs, validation["candidate"])
     if not task.generates:
         manifest |= {"task": task.name, "context_length": context}
