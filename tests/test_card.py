@@ -68,7 +68,7 @@ def test_the_scripts_have_their_own_licence_where_the_models_is_another() -> Non
         "recipe": {"quantize": {"algorithm": "none"}},
     }
     assert card.TOOLS_LICENSE in card.notice(manifest)
-    manifest["source"]["license"] = "Apache-2.0"
+    source["license"] = "Apache-2.0"
     assert card.TOOLS_LICENSE not in card.notice(manifest)
 
 
