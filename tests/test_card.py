@@ -62,11 +62,8 @@ def test_hubs_read_the_licence_and_what_it_was_made_from() -> None:
 
 
 def test_the_scripts_have_their_own_licence_where_the_models_is_another() -> None:
-    manifest = {
-        "source": {"base_model": "Qwen", "license": "Odd"},
-        "tools": {},
-        "recipe": {"quantize": {"algorithm": "none"}},
-    }
+    source = {"base_model": "Qwen", "license": "Odd"}
+    manifest = {"source": source, "tools": {}, "recipe": {"quantize": {"algorithm": "none"}}}
     assert card.TOOLS_LICENSE in card.notice(manifest)
     source["license"] = "Apache-2.0"
     assert card.TOOLS_LICENSE not in card.notice(manifest)
