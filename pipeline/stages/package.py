@@ -85,9 +85,11 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / "NOTICE").write_text(card.notice(manifest, original), encoding="utf-8")
     progress(0.9, "digests")
     manifest["files"] = {path.name: _entry(path) for path in sorted(out_dir.iterdir())}
-    for name, made in ((BOM, _bom(manifest, validation)), (html_report.REPORT, html_report.page(manifest, validation))):
-        (out_dir / name).write_text(made, encoding="utf-8")
-        manifest["files"][name] = _entry(out_dir / name)
+    (out_dir / BOM).write_text(_bom(manifest, validation), encoding="utf-8")
+    manifest["files"][BOM] = _entry(out_dir / BOM)
+    report = out_dir / html_report.REPORT  # it lists all files before it
+    report.write_text(html_report.page(manifest, validation), encoding="utf-8")
+    manifest["files"][report.name] = _entry(report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
     (out_dir / MANIFEST).write_text(text + "\n", encoding="utf-8")
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
