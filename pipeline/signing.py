@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline import digest, files, provenance, signature, verify
+from pipeline import digest, ecdsa, files, provenance, signature, verify
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, SIGNED
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
 
@@ -57,7 +57,7 @@ def sign(package: Path, private: Path, builder: str = provenance.BUILDER) -> dic
     with tempfile.TemporaryDirectory() as folder:
         trusted, bundle = Path(folder) / "public.pem", Path(folder) / SIGNATURE
         trusted.write_bytes(public)
-        hint = signature.read_key(public.decode()).hint
+        hint = ecdsa.read_key(public.decode()).hint
         try:
             files.publish(package / PROVENANCE, json.dumps(_envelope(key, made, hint)) + "\n")
             _model_signing(package, private, password, bundle)

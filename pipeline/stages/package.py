@@ -102,7 +102,7 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
 def _bom(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
     """The bill of materials, whose files are the ones that are a part of the model."""
     parts = {name: entry for name, entry in manifest["files"].items() if Path(name).suffix in _PARTS}
-    made = bom.document(manifest | {"files": parts}, validation)
+    made = bom.document({**manifest, "files": parts}, validation)
     return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
 
 
