@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 
@@ -29,7 +30,7 @@ def verify(options: argparse.Namespace) -> int:
         facts |= {"runtime": next(check.text for check in report.checks if check.name == "runtime"), "replay": replayed}
     if report.error:
         if not options.json:
-            print("\n".join(verify_script.lines(report)))
+            print("\n".join(verify_script.lines(report)), file=sys.stderr)
             raise report.error
         Events().emit("error", exit_code=report.error.exit_code, **report.error.as_dict(), **facts)
         return report.error.exit_code
