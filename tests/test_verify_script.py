@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import bundle, verify
+from pipeline import bundle, index, verify
+from pipeline.artifact import SIGNATURE
+from pipeline.errors import PackageError
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures" / "packages"
@@ -81,3 +83,12 @@ def test_nothing_of_the_package_is_imported_before_it_is_checked(tmp_path: Path)
     )
     assert done.returncode == 9, done.stderr
     assert json.loads(done.stdout)["checks"][-1]["codes"] == ["files.extra"]
+
+
+def test_a_signed_package_is_whole_to_the_index_and_to_the_next_build(tmp_path: Path) -> None:
+    assert index._whole(FIXTURES / "signable").digest == verify.check_files(FIXTURES / "signable").digest
+    copy = tmp_path / "package"
+    shutil.copytree(FIXTURES / "signable", copy)
+    (copy / SIGNATURE).unlink()  # what is left of the signature is not of the package
+    with pytest.raises(PackageError, match="it is not the package that was built"):
+        index._whole(copy)
