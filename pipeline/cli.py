@@ -18,8 +18,10 @@ from pipeline import (
     model_commands,
     retrieval_commands,
     serve_commands,
+    trust_commands,
 )
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
+from pipeline.provenance import BUILDER
 
 Command = Callable[[argparse.Namespace], int]
 ARTIFACTS = Path("artifacts")
@@ -156,14 +158,29 @@ def _store_commands(root: Any) -> None:
             parsed.add_argument("--keep", type=Path, nargs="*", help="recipes to keep (default: all below recipes/)")
 
 
-def _package_commands(root: Any) -> None:
+def _trust_commands(root: Any) -> None:
     verify = _command(
-        root, "verify", commands.verify, "check a package before it is used; nothing of it is loaded before that"
+        root, "verify", trust_commands.verify, "check a package before it is used; nothing of it is loaded before that"
     )
     verify.add_argument("package", type=Path)
+    text = "the public key that it must be signed with; without one, nobody asks who made it"
+    verify.add_argument("--key", type=Path, metavar="PEM", help=text)
     verify.add_argument("--replay", action="store_true", help="then load it and replay its golden transcript here")
     _provider_option(verify)
     _json_option(verify)
+
+    sign = _command(root, "sign", trust_commands.sign, "sign a package, and say where it comes from")
+    sign.add_argument("package", type=Path)
+    text = "private key, P-256 or P-384; the password of an encrypted one is in $QWEN_ONNX_KEY_PASSWORD"
+    sign.add_argument("--key", type=Path, required=True, metavar="PEM", help=text)
+    default = os.environ.get("QWEN_ONNX_BUILDER", BUILDER)
+    text = "URI of what built it, for the provenance (default: $QWEN_ONNX_BUILDER or %(default)s)"
+    sign.add_argument("--builder-id", default=default, metavar="URI", help=text)
+    _json_option(sign)
+
+
+def _package_commands(root: Any) -> None:
+    _trust_commands(root)
 
     generate = _command(root, "generate", commands.generate, "answer a prompt with a package")
     generate.add_argument("package", type=Path)
