@@ -117,7 +117,8 @@ def _prompts(old: str, new: str) -> Iterator[str]:
 
 
 def _prompt(template: str, conversation: texts.Conversation) -> str:
+    messages, variables = conversation.given()
     try:
-        return chat.render(template, conversation.messages, **conversation.variables)
+        return chat.render(template, messages, **variables)
     except QwenOnnxError as error:
         return error.what
