@@ -138,9 +138,12 @@ def _blocks(path: Path, name: str, seconds: int, wanted: tuple[int, str] | None)
 def _header(name: str, size: int, seconds: int) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode = size, seconds, _MODE
-    kind = tarfile.USTAR_FORMAT if size < _USTAR_SIZE else tarfile.GNU_FORMAT
     try:
-        header = info.tobuf(kind, "utf-8", "strict")
+        header = (
+            info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+            if size < _USTAR_SIZE
+            else info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+        )
     except ValueError as error:
         raise PackageError(f"{name!r} cannot be written to an archive", why=str(error)) from None
     if len(header) != _BLOCK:
@@ -154,7 +157,7 @@ def entries(file: IO[bytes], quota: Quota) -> list[Entry]:
     Raises:
         PackageError: it is no such archive, or has an entry that is refused; nothing was written.
     """
-    end, at, found, folders = file.seek(0, os.SEEK_END), 0, [], set[str]()
+    end, at, found, folders = file.seek(0, os.SEEK_END), 0, list[Entry](), set[str]()
     total, names = 0, dict[str, str]()
     while True:
         info = _info(_read(file, at, end), at)
@@ -198,7 +201,9 @@ def _info(block: bytes, at: int) -> tarfile.TarInfo | None:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except (tarfile.TarError, ValueError, IndexError):
-        raise _refused(f"byte {at} begins no entry of a tar archive", "packages are packed without compression") from None
+        raise _refused(
+            f"byte {at} begins no entry of a tar archive", "packages are packed without compression"
+        ) from None
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise _refused(f"the entry {_shown(info.name)} is {_TYPES.get(info.type, 'of an unknown type')}")
     if info.size < 0:

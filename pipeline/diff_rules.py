@@ -60,10 +60,10 @@ SPEED_SHARE = 0.10  # two benchmarks of one package on a quiet machine differ by
 SIZE_SHARE = 0.10
 
 RULES: dict[str, Rule] = {
-    "task": Rule(
-        "model", "it is made for another task", BREAKING, "an app that asks for text has no use for vectors"
+    "task": Rule("model", "it is made for another task", BREAKING, "an app that asks for text has no use for vectors"),
+    "base": Rule(
+        "model", "it is another base model", REVIEW, "another model answers otherwise, in ways no figure tells"
     ),
-    "base": Rule("model", "it is another base model", REVIEW, "another model answers otherwise, in ways no figure tells"),
     "checkpoint": Rule(
         "model", "the checkpoint has another digest", REVIEW, "the weights were trained on, replaced or repaired"
     ),
@@ -71,9 +71,14 @@ RULES: dict[str, Rule] = {
         "model", "layers, heads or sizes differ", REVIEW, "memory and speed change, and prompt caches do not carry over"
     ),
     "scheme": Rule("model", "it is quantized otherwise", COMPATIBLE, "what that costs is seen in quality and speed"),
-    "tools": Rule("model", "other versions of tools made it", COMPATIBLE, "what they changed is seen in the other rows"),
+    "tools": Rule(
+        "model", "other versions of tools made it", COMPATIBLE, "what they changed is seen in the other rows"
+    ),
     "schema": Rule(
-        "model", "the manifest has another schema version", BREAKING, "installed versions of `verify` refuse a newer one"
+        "model",
+        "the manifest has another schema version",
+        BREAKING,
+        "installed versions of `verify` refuse a newer one",
     ),
     "languages": Rule("model", "other languages are named", REVIEW, "users of a language that is gone are affected"),
     "config.type": Rule(
@@ -105,7 +110,10 @@ RULES: dict[str, Rule] = {
         "tokenizer", "control tokens differ", BREAKING, "apps and templates write and recognise them by name"
     ),
     "tokenizer.steps": Rule(
-        "tokenizer", "normalizing, splitting or decoding differ", REVIEW, "texts beyond the probes may come out otherwise"
+        "tokenizer",
+        "normalizing, splitting or decoding differ",
+        REVIEW,
+        "texts beyond the probes may come out otherwise",
     ),
     "tokenizer.probes": Rule(
         "tokenizer", "a probe text has other ids", BREAKING, "lengths, limits and cached ids of an app no longer hold"
@@ -113,18 +121,22 @@ RULES: dict[str, Rule] = {
     "tokenizer.unchecked": Rule(
         "tokenizer", "probe texts could not be encoded", REVIEW, "whether ids are the same is then not known"
     ),
-    "template": Rule(
-        "tokenizer", "the chat template differs", REVIEW, "the same conversation becomes another prompt"
-    ),
+    "template": Rule("tokenizer", "the chat template differs", REVIEW, "the same conversation becomes another prompt"),
     "graph.interface": Rule(
-        "graph", "graphs, inputs or outputs differ", BREAKING, "an app that runs the graph itself feeds it by name and type"
+        "graph",
+        "graphs, inputs or outputs differ",
+        BREAKING,
+        "an app that runs the graph itself feeds it by name and type",
     ),
     "graph.operators": Rule(
         "graph", "it has types of operators that it had not", REVIEW, "an older runtime or provider may have no kernel"
     ),
     "graph.opset": Rule("graph", "it asks for a newer opset", REVIEW, "an older runtime refuses it"),
     "graph.counts": Rule(
-        "graph", "operators of known types are more or fewer", COMPATIBLE, "kernels for them are there; speed tells the rest"
+        "graph",
+        "operators of known types are more or fewer",
+        COMPATIBLE,
+        "kernels for them are there; speed tells the rest",
     ),
     "quality.worse": Rule(
         "quality", "a figure is worse by more than measuring again", REVIEW, "the owner decides whether it is worth it"
@@ -137,7 +149,10 @@ RULES: dict[str, Rule] = {
         "quality", "a gate was loosened or removed", REVIEW, "what would have been refused before is let through"
     ),
     "golden.changed": Rule(
-        "answers", "a golden prompt has another answer", REVIEW, "users see other words; stored expectations of tests fail"
+        "answers",
+        "a golden prompt has another answer",
+        REVIEW,
+        "users see other words; stored expectations of tests fail",
     ),
     "golden.unmatched": Rule(
         "answers", "a golden prompt is new or gone", COMPATIBLE, "there is nothing to compare it with"
@@ -150,10 +165,16 @@ RULES: dict[str, Rule] = {
         "speed", f"its peak memory grew by more than {SIZE_SHARE:.0%}", REVIEW, "small devices may no longer hold it"
     ),
     "speed.unmatched": Rule(
-        "speed", "there are no benchmarks of both on one machine", COMPATIBLE, "speed is no contract; `bench` measures it"
+        "speed",
+        "there are no benchmarks of both on one machine",
+        COMPATIBLE,
+        "speed is no contract; `bench` measures it",
     ),
     "size.larger": Rule(
-        "size", f"it is larger by more than {SIZE_SHARE:.0%}", REVIEW, "downloads, disks and memory of devices are limited"
+        "size",
+        f"it is larger by more than {SIZE_SHARE:.0%}",
+        REVIEW,
+        "downloads, disks and memory of devices are limited",
     ),
     "size.changed": Rule("size", "it has another size", COMPATIBLE, "within what releases differ by, or smaller"),
     "licence": Rule("licence", "the licence is another one", BREAKING, "what users may do with the model changes"),
@@ -164,11 +185,15 @@ RULES: dict[str, Rule] = {
     ),
     "runtime.lowered": Rule("runtime", "an older runtime is enough", COMPATIBLE, "what the app has runs it"),
     "provider": Rule("runtime", "another provider computes it", BREAKING, "the devices of its users may not have it"),
-    "target": Rule("runtime", "another field of the target differs", REVIEW, "it was made or validated for other devices"),
+    "target": Rule(
+        "runtime", "another field of the target differs", REVIEW, "it was made or validated for other devices"
+    ),
     "replay": Rule("runtime", "the tolerance of the replay differs", REVIEW, "other devices pass than passed before"),
     "adapter.removed": Rule("adapters", "an adapter is gone", BREAKING, "an app that asks for it gets an error"),
     "adapter.changed": Rule("adapters", "an adapter has other weights", REVIEW, "answers with it change"),
-    "adapter.added": Rule("adapters", "an adapter came", COMPATIBLE, "an app that does not ask for it sees no difference"),
+    "adapter.added": Rule(
+        "adapters", "an adapter came", COMPATIBLE, "an app that does not ask for it sees no difference"
+    ),
     "files.removed": Rule("files", "a file is gone", REVIEW, "an app may read it, such as the vocabulary"),
     "files.added": Rule("files", "a file came", COMPATIBLE, "nothing reads it that did not ask for it"),
 }

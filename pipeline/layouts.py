@@ -120,8 +120,10 @@ def card_of(text: str) -> Mapping[str, Any]:
         raise PackageError("README.md has no metadata that a hub can read", why=str(error)[:200]) from None
     wrong = [key for key, kind in _CARD.items() if not isinstance(data, dict) or not isinstance(data.get(key), kind)]
     if wrong:
-        raise PackageError("README.md has no metadata that a hub can read", why=f"missing or ill-typed: {', '.join(wrong)}")
-    return dict(data)
+        raise PackageError(
+            "README.md has no metadata that a hub can read", why=f"missing or ill-typed: {', '.join(wrong)}"
+        )
+    return dict(data or {})
 
 
 KINDS: Mapping[str, Callable[[Path, Manifest], dict[str, str]]] = {"foundry": _foundry, "hub": _hub}

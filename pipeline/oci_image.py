@@ -165,7 +165,9 @@ def parse(manifest: bytes) -> Image:
         layers = tuple(_blob(layer, layer["annotations"][_FILE]) for layer in data["layers"])
         _check(config, layers)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise PackageError("the manifest is refused", why=str(error)[:200], fix="push it with `qwen-onnx oci push`") from None
+        raise PackageError(
+            "the manifest is refused", why=str(error)[:200], fix="push it with `qwen-onnx oci push`"
+        ) from None
     return Image(manifest, config, layers)
 
 

@@ -1,8 +1,8 @@
 """A folder of OCI artifacts (image layout 1.0.0), which other tools copy to registries, and which keeps what was pulled.
 
-    oci-layout            the version
-    index.json            tag → manifest
-    blobs/sha256/<hex>    manifests, configurations and files, each named by its digest
+oci-layout            the version
+index.json            tag → manifest
+blobs/sha256/<hex>    manifests, configurations and files, each named by its digest
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def read(layout: Path, tag: str = "") -> Image:
     """
     found = {_tag(entry): entry for entry in _index(layout)["manifests"]}
     if tag not in found and (tag or len(found) != 1):
-        raise UsageError(f"{layout} has no {tag or 'single artifact'}", why=f"it has {', '.join(sorted(found)) or 'none'}")
+        raise UsageError(
+            f"{layout} has no {tag or 'single artifact'}", why=f"it has {', '.join(sorted(found)) or 'none'}"
+        )
     entry = found[tag] if tag in found else next(iter(found.values()))
     try:
         blob = Blob(entry["digest"], entry["size"], entry["mediaType"])

@@ -195,7 +195,9 @@ class _Client:
             for block in answer.iter_content(_COPY):
                 data += block
                 if len(data) > oci_image.MAX_MANIFEST:
-                    raise PackageError("the manifest is refused", why=f"it is larger than {oci_image.MAX_MANIFEST} bytes")
+                    raise PackageError(
+                        "the manifest is refused", why=f"it is larger than {oci_image.MAX_MANIFEST} bytes"
+                    )
         return data
 
     def download(self, blob: Blob, path: Path) -> int:
@@ -250,7 +252,7 @@ def _chunks(source: Path | bytes) -> Iterator[bytes]:
 def _adapter(requests: Any) -> Any:
     """A transport of requests that does not wait for ever."""
 
-    class Adapter(requests.adapters.HTTPAdapter):  # type: ignore[misc, name-defined]
+    class Adapter(requests.adapters.HTTPAdapter):  # type: ignore[misc]
         def send(self, request: Any, *arguments: Any, **more: Any) -> Any:
             return super().send(request, *arguments, **{**more, "timeout": more.get("timeout") or _TIMEOUT})
 

@@ -47,7 +47,9 @@ def _path(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator
     """Differences of a path's figures, and of each kind of text."""
     domains = _object(old.get("domains")).keys() | _object(new.get("domains")).keys()
     places = [("", old, new)]
-    places += [(f" {name}", *(_object(_object(side.get("domains")).get(name)) for side in (old, new))) for name in sorted(domains)]
+    for name in sorted(domains):
+        first, second = (_object(_object(side.get("domains")).get(name)) for side in (old, new))
+        places.append((f" {name}", first, second))
     for place, first, second in places:
         for name, worse in _FIGURES.items():
             before, after = _number(first.get(name)), _number(second.get(name))

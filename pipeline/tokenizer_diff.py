@@ -81,7 +81,9 @@ def _vocabulary(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Find
         yield Finding("tokenizer.moved", f"tokens{rest}", before, after)
     added = [token for token in new if token not in old]
     if added:
-        yield Finding("tokenizer.added", f"{len(added)} tokens, such as {', '.join(added[:_SHOWN])}", len(old), len(new))
+        yield Finding(
+            "tokenizer.added", f"{len(added)} tokens, such as {', '.join(added[:_SHOWN])}", len(old), len(new)
+        )
 
 
 def _without(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def test_what_was_packed_comes_out(package: Path, packed: Path, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert archive.unpack(packed, tmp_path / "out").kept == found.files  # the same package is there already
     with tarfile.open(packed) as file:  # other tools read it, too
-        assert {Path(name).name: file.extractfile(name).read() for name in file.getnames()} == tiny_package.content(package)  # type: ignore[union-attr]
+        assert {Path(name).name: file.extractfile(name).read() for name in file.getnames()} == tiny_package.content(
+            package
+        )  # type: ignore[union-attr]
 
 
 def test_a_place_that_is_taken_stays_as_it_is(packed: Path, tmp_path: Path) -> None:
@@ -175,14 +177,17 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a sparse bomb": (lambda good: member("tiny-cpu-int4/x", b"", type=tarfile.GNUTYPE_SPARSE) + good, "a sparse file"),
     "a name that stands twice": (lambda good: member("tiny-cpu-int4/LICENSE") + good, "are one file"),
     "names that differ by case": (lambda good: member("tiny-cpu-int4/license") + good, "where case does not count"),
-    "a size beyond the end": (lambda good: member("tiny-cpu-int4/x")[:124] + b"77777777777\0" + good, "begins no entry"),
-    "a compressed bomb": (lambda good: gzip.compress(good), "begins no entry of a tar archive"),
+    "a size beyond the end": (
+        lambda good: member("tiny-cpu-int4/x")[:124] + b"77777777777\0" + good,
+        "begins no entry",
+    ),
+    "a compressed bomb": (gzip.compress, "begins no entry of a tar archive"),
     "an archive that is cut off": (lambda good: good[: len(good) // 2], "it ends within"),
     "no end": (lambda good: good[: good.rindex(b"ustar") - 257], "it has no end"),
     "something after the end": (lambda good: good + member("tiny-cpu-int4/evil"), "something comes after its end"),
-    "nothing": (lambda good: b"", "it has no end"),
-    "an empty archive": (lambda good: bytes(10240), "it has no files"),
-    "no package": (lambda good: member("tiny-cpu-int4/x") + END, "it has no manifest.json"),
+    "nothing": (lambda _: b"", "it has no end"),
+    "an empty archive": (lambda _: bytes(10240), "it has no files"),
+    "no package": (lambda _: member("tiny-cpu-int4/x") + END, "it has no manifest.json"),
     "a file beside the package": (lambda good: member("tiny-cpu-int4/evil") + good, "is not in the manifest"),
     "other bytes": (lambda good: good.replace(b"Do what you like.", b"Do what we like!."), "LICENSE of the archive"),
     "a changed manifest": (lambda good: good.replace(b'"Qwen/Tiny"', b'"Qwen/Fake"'), "SHA256SUMS does not agree"),
@@ -192,7 +197,9 @@ HOSTILE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_archive_is_refused(packed: Path, tmp_path: Path, case: str) -> None:
     change, text = HOSTILE[case]
-    data = change(packed.read_bytes().replace(b"tiny-cpu-int4/", b"tiny-cpu-int4/")).replace(b"tiny-cpu-int4/", b"tiny-cpu-int4/")
+    data = change(packed.read_bytes().replace(b"tiny-cpu-int4/", b"tiny-cpu-int4/")).replace(
+        b"tiny-cpu-int4/", b"tiny-cpu-int4/"
+    )
     bad = tmp_path / "in" / "bad.tar"
     bad.parent.mkdir()
     bad.write_bytes(data)
@@ -203,7 +210,10 @@ def test_a_hostile_archive_is_refused(packed: Path, tmp_path: Path, case: str) -
 
 
 def test_quotas_hold_before_anything_is_written(packed: Path, tmp_path: Path) -> None:
-    for quota, text in ((archive.Quota(size=1000), "more than 1000 bytes"), (archive.Quota(files=3), "more than 3 files")):
+    for quota, text in (
+        (archive.Quota(size=1000), "more than 1000 bytes"),
+        (archive.Quota(files=3), "more than 3 files"),
+    ):
         with pytest.raises(PackageError) as caught:
             archive.unpack(packed, tmp_path / "out", quota)
         assert text in str(caught.value)
@@ -223,7 +233,7 @@ def test_sizes_of_eight_gigabytes_and_more_can_be_written() -> None:
 
 
 def test_a_full_disk_is_told(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 10))  # type: ignore[attr-defined]
     with pytest.raises(ResourceError, match="bytes are to be written"):
         archive.unpack(packed, tmp_path / "out")
 

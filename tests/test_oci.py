@@ -191,7 +191,9 @@ def test_a_hostile_manifest_is_refused(package: Path, tmp_path: Path) -> None:
     assert len(cases) == 12
 
 
-@pytest.mark.parametrize("reference", ["tiny", "tiny:v1", "host.example/UPPER:v1", "host.example/a/../b:v1", "h.x/a:v 1"])
+@pytest.mark.parametrize(
+    "reference", ["tiny", "tiny:v1", "host.example/UPPER:v1", "host.example/a/../b:v1", "h.x/a:v 1"]
+)
 def test_a_reference_is_checked_before_anything_is_asked(package: Path, reference: str) -> None:
     assert cli.main(["oci", "push", str(package), reference]) == 2
 

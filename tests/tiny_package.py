@@ -52,7 +52,11 @@ FACTS: dict[str, Any] = {
     "schema_version": 1,
     "name": "tiny-cpu-int4",
     "source": {"base_model": "Qwen/Tiny", "license": "Apache-2.0", "languages": ["en", "zh"], "sha256": "aa"},
-    "recipe": {"description": "Tiny", "architecture": {"model_type": "qwen2", "layers": 2}, "quantize": {"algorithm": "gptq"}},
+    "recipe": {
+        "description": "Tiny",
+        "architecture": {"model_type": "qwen2", "layers": 2},
+        "quantize": {"algorithm": "gptq"},
+    },
     "quantization": {"algorithm": "gptq"},
     "steps": {},
     "tools": {"onnx": "1.0"},
@@ -81,7 +85,9 @@ def tokenizer(added: tuple[str, ...] = ("<|endoftext|>", "<|im_end|>", "<|im_sta
     from tokenizers import decoders, models, pre_tokenizers
 
     vocabulary = {text: index for index, text in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary | {"ll": 300} if merged else vocabulary, [("l", "l")] if merged else []))
+    if merged:
+        vocabulary["ll"] = len(vocabulary)
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [("l", "l")] if merged else []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(added))
