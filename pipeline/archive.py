@@ -15,45 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline import digest, files, staging, verify
+from pipeline import digest, files, staging, tar, verify
 from pipeline.artifact import MANIFEST, MAX_JSON, Manifest, is_file_name, read_manifest
 from pipeline.errors import PackageError, ResourceError, UsageError
 
 _BLOCK, _RECORD, _COPY = 512, 10240, 1 << 20
 _MODE = 0o644
 _USTAR_SIZE = 8 << 30  # sizes from here on need the notation of GNU tar
-_NAME_BYTES = 255  # the longest file name of common file systems
-# What each entry type of tar is, for those who are told that it is refused.
-_TYPES = {
-    tarfile.LNKTYPE: "a hard link",
-    tarfile.SYMTYPE: "a symbolic link",
-    tarfile.CHRTYPE: "a character device",
-    tarfile.BLKTYPE: "a block device",
-    tarfile.DIRTYPE: "a folder",
-    tarfile.FIFOTYPE: "a pipe",
-    tarfile.GNUTYPE_SPARSE: "a sparse file, which may be larger than the archive",
-    tarfile.XHDTYPE: "a header that changes other entries",
-    tarfile.XGLTYPE: "a header that changes other entries",
-    tarfile.GNUTYPE_LONGNAME: "a header that changes other entries",
-    tarfile.GNUTYPE_LONGLINK: "a header that changes other entries",
-}
-
-
-@dataclass(frozen=True)
-class Quota:
-    """The most that an archive may unpack to: bytes of all files, and how many files."""
-
-    size: int = 200 * 10**9
-    files: int = 1000
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of an archive: its name without the folder, where its bytes begin, and how many there are."""
-
-    name: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -151,75 +119,7 @@ def _header(name: str, size: int, seconds: int) -> bytes:
     return header
 
 
-def entries(file: IO[bytes], quota: Quota) -> list[Entry]:
-    """All entries of an archive, read from its headers alone.
-
-    Raises:
-        PackageError: it is no such archive, or has an entry that is refused; nothing was written.
-    """
-    end, at, found, folders = file.seek(0, os.SEEK_END), 0, list[Entry](), set[str]()
-    total, names = 0, dict[str, str]()
-    while True:
-        info = _info(_read(file, at, end), at)
-        if info is None:
-            break
-        if len(found) == quota.files:
-            raise _refused(f"it has more than {quota.files} files", "--max-files allows more")
-        folder, _, name = info.name.partition("/")
-        if not (is_file_name(folder) and is_file_name(name)) or len(name.encode()) > _NAME_BYTES:
-            raise _refused(f"the entry {_shown(info.name)} is no file of one folder")
-        if (other := names.get(name.casefold())) is not None:
-            raise _refused(f"{_shown(name)} and {_shown(other)} are one file where case does not count")
-        names[name.casefold()] = name
-        folders.add(folder)
-        total += info.size
-        if total > quota.size:
-            raise _refused(f"its files have more than {quota.size} bytes", "--max-bytes allows more")
-        at += _BLOCK
-        found.append(Entry(name, at, info.size))
-        at += info.size + -info.size % _BLOCK
-        if at > end:
-            raise _refused(f"it ends within {_shown(name)}", "fetch it again")
-    if len(folders) != 1:
-        raise _refused("it has no files" if not folders else "its entries are in several folders")
-    if end - at > 2 * _RECORD or any(_read(file, at, end, end - at)):
-        raise _refused("something comes after its end")
-    return found
-
-
-def _read(file: IO[bytes], at: int, end: int, size: int = _BLOCK) -> bytes:
-    if at + size > end:
-        raise _refused("it has no end", "fetch it again")
-    file.seek(at)
-    return file.read(size)
-
-
-def _info(block: bytes, at: int) -> tarfile.TarInfo | None:
-    """What a header says; nothing at the end of the archive."""
-    if not any(block):
-        return None
-    try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "strict")
-    except (tarfile.TarError, ValueError, IndexError):
-        raise _refused(
-            f"byte {at} begins no entry of a tar archive", "packages are packed without compression"
-        ) from None
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise _refused(f"the entry {_shown(info.name)} is {_TYPES.get(info.type, 'of an unknown type')}")
-    if info.size < 0:
-        raise _refused(f"the entry {_shown(info.name)} has a negative size")
-    return info
-
-
-def _shown(name: str) -> str:
-    return ascii(name[:100])
-
-
-def _refused(why: str, fix: str = "") -> PackageError:
-    return PackageError("the archive is refused", why=why, fix=fix or "pack the package again with `qwen-onnx pack`")
-
-
-def unpack(archive: Path, out: Path, quota: Quota | None = None) -> Unpacked:
+def unpack(archive: Path, out: Path, quota: tar.Quota | None = None) -> Unpacked:
     """Make the directory ``out`` of an archive; it is there when all of it is there and verified, and not before.
 
     A run that was ended leaves a hidden folder beside ``out``; the next one keeps what is whole in it.
@@ -233,17 +133,17 @@ def unpack(archive: Path, out: Path, quota: Quota | None = None) -> Unpacked:
         raise UsageError(f"there is no archive {archive}", fix="give the file that `qwen-onnx pack` wrote")
     try:
         with archive.open("rb") as file:
-            return _unpack(file, entries(file, quota or Quota()), out)
+            return _unpack(file, tar.entries(file, quota or tar.Quota()), out)
     except OSError as error:
         raise ResourceError(f"{archive} cannot be read", why=str(error)) from None
 
 
-def _unpack(file: IO[bytes], found: list[Entry], out: Path) -> Unpacked:
+def _unpack(file: IO[bytes], found: list[tar.Entry], out: Path) -> Unpacked:
     named = {entry.name: entry for entry in found}
     if MANIFEST not in named:
-        raise _refused(f"it has no {MANIFEST}, so it holds no package")
+        raise tar.refused(f"it has no {MANIFEST}, so it holds no package")
     if named[MANIFEST].size > MAX_JSON:
-        raise _refused(f"its {MANIFEST} is larger than {MAX_JSON} bytes")
+        raise tar.refused(f"its {MANIFEST} is larger than {MAX_JSON} bytes")
     file.seek(named[MANIFEST].offset)
     if staging.arrived(out, file.read(named[MANIFEST].size)):
         return Unpacked(read_manifest(out), len(found), len(found))
@@ -257,7 +157,7 @@ def _unpack(file: IO[bytes], found: list[Entry], out: Path) -> Unpacked:
     return Unpacked(manifest, len(found), kept)
 
 
-def _file(file: IO[bytes], entry: Entry, path: Path, wanted: tuple[int, str] | None) -> bool:
+def _file(file: IO[bytes], entry: tar.Entry, path: Path, wanted: tuple[int, str] | None) -> bool:
     """Extract a file, unless it is there with the digest that the manifest names; returns whether it was."""
     if wanted and path.is_file() and not path.is_symlink():
         size, sha256 = wanted
@@ -269,7 +169,7 @@ def _file(file: IO[bytes], entry: Entry, path: Path, wanted: tuple[int, str] | N
     return False
 
 
-def _extract(file: IO[bytes], entry: Entry, path: Path) -> str:
+def _extract(file: IO[bytes], entry: tar.Entry, path: Path) -> str:
     """Write an entry to ``path``, to disk; returns its sha256."""
     staging.remove(path)
     hashed, left = hashlib.sha256(), entry.size
@@ -278,7 +178,7 @@ def _extract(file: IO[bytes], entry: Entry, path: Path) -> str:
         while left:
             block = file.read(min(_COPY, left))
             if not block:
-                raise _refused(f"it ends within {_shown(entry.name)}", "fetch it again")
+                raise tar.refused(f"it ends within {tar.shown(entry.name)}", "fetch it again")
             target.write(block)
             hashed.update(block)
             left -= len(block)

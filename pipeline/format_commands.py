@@ -26,9 +26,9 @@ def pack(options: argparse.Namespace) -> int:
 
 
 def unpack(options: argparse.Namespace) -> int:
-    from pipeline import archive
+    from pipeline import archive, tar
 
-    quota = archive.Quota(options.max_bytes, options.max_files)
+    quota = tar.Quota(options.max_bytes, options.max_files)
     found = archive.unpack(options.archive, options.out, quota)
     facts = {"package": str(options.out), "name": found.manifest.data["name"], "digest": found.manifest.digest}
     facts |= {"files": found.files, "kept": found.kept}

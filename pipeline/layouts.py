@@ -95,7 +95,7 @@ def _after(template: str, before: list[dict[str, str]], message: dict[str, str],
 
 
 def _hub(package: Path, manifest: Manifest) -> dict[str, str]:
-    """``.gitattributes``: which files go to Git LFS, and that no file's line ends are changed (digests would differ)."""
+    """``.gitattributes``: which files go to Git LFS, and that no file's line ends are changed, nor its digest."""
     card = card_of((package / "README.md").read_text(encoding="utf-8"))
     licence = manifest.data["source"].get("license")
     if isinstance(licence, str) and card["license"] != licence.lower():

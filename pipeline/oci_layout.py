@@ -1,4 +1,4 @@
-"""A folder of OCI artifacts (image layout 1.0.0), which other tools copy to registries, and which keeps what was pulled.
+"""A folder of OCI artifacts (image layout 1.0.0): other tools copy it to registries, and it keeps what was pulled.
 
 oci-layout            the version
 index.json            tag → manifest

@@ -29,7 +29,7 @@ _ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Moved:
-    """What a push or pull did: the artifact's digest, bytes that went over the wire, and bytes that were there already."""
+    """What a push or pull did: the artifact's digest, bytes that were sent or fetched, and bytes that were there."""
 
     digest: str
     moved: int

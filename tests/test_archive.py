@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tiny_package
 
-from pipeline import archive, cli
+from pipeline import archive, cli, tar
 from pipeline.errors import PackageError, ResourceError, UsageError
 
 
@@ -211,8 +211,8 @@ def test_a_hostile_archive_is_refused(packed: Path, tmp_path: Path, case: str) -
 
 def test_quotas_hold_before_anything_is_written(packed: Path, tmp_path: Path) -> None:
     for quota, text in (
-        (archive.Quota(size=1000), "more than 1000 bytes"),
-        (archive.Quota(files=3), "more than 3 files"),
+        (tar.Quota(size=1000), "more than 1000 bytes"),
+        (tar.Quota(files=3), "more than 3 files"),
     ):
         with pytest.raises(PackageError) as caught:
             archive.unpack(packed, tmp_path / "out", quota)
