@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import IO
 
 from pipeline import digest, files, staging, tar, verify
-from pipeline.artifact import MANIFEST, MAX_JSON, Manifest, is_file_name, read_manifest
+from pipeline.artifact import MANIFEST, Manifest, is_file_name, read_manifest
 from pipeline.errors import PackageError, ResourceError, UsageError
 
 _BLOCK, _RECORD, _COPY = 512, 10240, 1 << 20
 _MODE = 0o644
+_MAX_MANIFEST = 64 << 20  # bytes; `pipeline.artifact` reads no more
 _USTAR_SIZE = 8 << 30  # sizes from here on need the notation of GNU tar
 
 
@@ -142,8 +143,8 @@ def _unpack(file: IO[bytes], found: list[tar.Entry], out: Path) -> Unpacked:
     named = {entry.name: entry for entry in found}
     if MANIFEST not in named:
         raise tar.refused(f"it has no {MANIFEST}, so it holds no package")
-    if named[MANIFEST].size > MAX_JSON:
-        raise tar.refused(f"its {MANIFEST} is larger than {MAX_JSON} bytes")
+    if named[MANIFEST].size > _MAX_MANIFEST:
+        raise tar.refused(f"its {MANIFEST} is larger than {_MAX_MANIFEST} bytes")
     file.seek(named[MANIFEST].offset)
     if staging.arrived(out, file.read(named[MANIFEST].size)):
         return Unpacked(read_manifest(out), len(found), len(found))

@@ -19,7 +19,7 @@ CHECKSUMS = "SHA256SUMS"
 VALIDATION = "validation.json"
 GOLDEN = "golden.jsonl"
 SCHEMA_VERSION = 1
-MAX_JSON = 64 << 20
+_MAX_JSON = 64 << 20
 
 Progress = Callable[[float, str], None]
 """Called with the fraction done, in [0, 1], and a few words on what is being done."""
@@ -204,8 +204,8 @@ def read_json(path: Path) -> Any:
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):  # a pipe would never end
         raise ValueError("it is no regular file")
-    if status.st_size > MAX_JSON:
-        raise ValueError(f"it is larger than {MAX_JSON} bytes")
+    if status.st_size > _MAX_JSON:
+        raise ValueError(f"it is larger than {_MAX_JSON} bytes")
     text = path.read_bytes().decode("utf-8")
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
