@@ -6,6 +6,7 @@ QWEN := $(BIN)/qwen-onnx
 MODEL ?= qwen2.5-coder-0.5b-instruct
 SCHEME ?= int4
 PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
+PORT ?= 8000
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
@@ -78,8 +79,8 @@ bench: $(READY) ## time $(PACKAGE) against Olive's plain INT4 and, after `make .
 report: $(READY) ## write artifacts/index.html: all packages side by side
 	@$(QWEN) report
 
-serve: ## not there yet: the server comes with a later version
-	@echo 'there is no server yet; `$(QWEN) generate $(PACKAGE) --prompt "..."` answers on the command line' >&2; exit 2
+serve: $(READY) ## answer over HTTP with $(PACKAGE), as OpenAI's API does; PORT=8000
+	@$(QWEN) serve $(PACKAGE) --port $(PORT)
 
 clean: ## remove packages, store and caches; the virtual environments stay
 	rm -rf artifacts/* artifacts/.store .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

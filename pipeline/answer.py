@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline import adapters, generate, session, speculation
 from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
-from pipeline.generate import Sampling
 from pipeline.images import Picture
-from pipeline.thinking import CLOSE, CLOSING, OPEN, VARIABLE, Budget, Parts, Splitter, is_open
+from pipeline.sampling import Sampling
+from pipeline.thinking import CLOSING, VARIABLE, Budget, Parts, Splitter, is_open
 
 if TYPE_CHECKING:
     from pipeline.generate import Floats
@@ -63,11 +63,6 @@ def thinking_variables(tokenizer: Tokenizer, wanted: bool | None) -> dict[str, A
             fix="leave out --thinking and --no-thinking",
         )
     return {VARIABLE: wanted}
-
-
-def splits(tokenizer: Tokenizer) -> bool:
-    """Whether the model's answers may begin with thoughts: its template then knows how they begin or end."""
-    return OPEN in tokenizer.template or CLOSE in tokenizer.template
 
 
 def stream(folder: Path, tokenizer: Tokenizer, prompt: Sequence[int], settings: Settings) -> None:

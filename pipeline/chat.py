@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import template as sandbox
 from pipeline.errors import PackageError, RuntimeMissing, UsageError
+from pipeline.thinking import CLOSE, OPEN
 
 Message = Mapping[str, Any]
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,12 +40,14 @@ class Tokenizer:
         literal: encodes them as the characters they are written with.
         template: Jinja source; empty when there is none.
         specials: the tokens that a template may name, such as ``eos_token``.
+        renderer: the process that renders the template; without one each conversation has its own.
     """
 
     trusted: Any
     literal: Any
     template: str
     specials: Mapping[str, str] = field(default_factory=dict)
+    renderer: sandbox.Renderer | None = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; with ``special`` off, control tokens in it are ordinary characters.
@@ -79,7 +82,8 @@ class Tokenizer:
         controls = self._controls()
         nonce = secrets.token_hex(8)
         marks = {control: f"\ue000{nonce}-{index}\ue001" for index, control in enumerate(controls)}
-        text = render(self.template, _replaced(messages, marks), **{**self.specials, **_replaced(variables, marks)})
+        given = {**self.specials, **_replaced(variables, marks)}
+        text = render(self.template, _replaced(messages, marks), self.renderer, **given)
         if nonce not in text:
             return self.encode(text)
         ids: list[int] = []
@@ -93,6 +97,11 @@ class Tokenizer:
                 if nonce in part:
                     raise UsageError("the chat template cuts a message with a control token in pieces")
         return ids
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model's answers may begin with thoughts: its template then knows how they begin or end."""
+        return OPEN in self.template or CLOSE in self.template
 
     def takes(self, variable: str) -> bool:
         """Whether the chat template reads a variable of that name, such as ``enable_thinking``.
@@ -182,7 +191,9 @@ def _text_of(token: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
+def render(
+    template: str, messages: Sequence[Message], renderer: sandbox.Renderer | None = None, **variables: Any
+) -> str:
     """The prompt text of a conversation, ready for an answer; see `pipeline.template` for its limits.
 
     Raises:
@@ -194,7 +205,7 @@ def render(template: str, messages: Sequence[Message], **variables: Any) -> str:
     # As transformers' apply_chat_template: what is not given is none, rather than undefined.
     given = {"tools": None, "documents": None, "add_generation_prompt": True, **variables, "messages": list(messages)}
     with _told("the chat template cannot render these messages"):
-        return sandbox.render(template, given)
+        return (renderer.render if renderer else sandbox.render)(template, given)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pipeline import (
     format_commands,
     model_commands,
     retrieval_commands,
+    serve_commands,
 )
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 
@@ -193,6 +194,7 @@ def _package_commands(root: Any) -> None:
     generate.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
     _json_option(generate)
 
+    _serve_command(root)
     _retrieval_commands(root)
     _adapter_command(root)
     _bench_command(root)
@@ -208,6 +210,51 @@ def _package_commands(root: Any) -> None:
 
     targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
     _json_option(targets)
+
+
+def _serve_command(root: Any) -> None:
+    serve = _command(root, "serve", serve_commands.serve, "answer over HTTP as OpenAI's API does, with packages")
+    serve.add_argument("packages", nargs="+", metavar="PACKAGE", help="a folder, or NAME=FOLDER")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    text = "0 takes a free one, and tells which (default: %(default)s)"
+    serve.add_argument("--port", type=serve_commands.port, default=8000, help=text)
+    text = "a file with one key a line, KEY or NAME:KEY; also $QWEN_ONNX_API_KEYS, apart by commas"
+    serve.add_argument("--api-keys", type=Path, metavar="FILE", help=text)
+    text = "listen where other machines reach it although there are no keys"
+    serve.add_argument("--allow-public-without-key", action="store_true", help=text)
+    text = "let web pages of this origin ask; may be given again"
+    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help=text)
+    for name, what in (
+        ("requests-per-minute", "of each key, or address without keys"),
+        ("tokens-per-minute", "of prompts and answers, of each key or address"),
+        ("max-prompt-tokens", "of a prompt"),
+        ("max-tokens", "of an answer"),
+    ):
+        text = f"{what} (default: {'the context' if name.startswith('max') else 'no limit'})"
+        serve.add_argument(f"--{name}", type=serve_commands.whole, default=0, metavar="N", help=text)
+    text = "largest request, such as 8MB (default: 32MiB)"
+    serve.add_argument("--max-body", type=model_commands.memory, default=32 << 20, metavar="SIZE", help=text)
+    text = "requests that may wait for a model; more get 503 (default: %(default)s)"
+    serve.add_argument("--queue", type=int, default=16, metavar="N", help=text)
+    text = "answers that take turns, and conversations whose caches are kept (default: %(default)s)"
+    serve.add_argument("--parallel", type=int, default=4, metavar="N", help=text)
+    text = "that an answer may take, its wait included (default: %(default)s)"
+    serve.add_argument("--timeout", type=serve_commands.seconds, default=600.0, metavar="SECONDS", help=text)
+    text = "without a request after which a model is unloaded until the next one (default: never)"
+    serve.add_argument("--idle-seconds", type=serve_commands.seconds, default=0.0, metavar="SECONDS", help=text)
+    text = "that answers have to come to their end when the server is stopped (default: %(default)s)"
+    serve.add_argument("--drain-seconds", type=serve_commands.seconds, default=30.0, metavar="SECONDS", help=text)
+    text = "in which a client has to take some of what waits for it (default: %(default)s)"
+    serve.add_argument("--write-seconds", type=serve_commands.seconds, default=30.0, metavar="SECONDS", help=text)
+    serve.add_argument("--threads", type=int, help="processor threads of each model (default: all cores)")
+    _provider_option(serve)
+    serve.add_argument("--trust", action="store_true", help="load packages without checking them first")
+    text = "do not replay the beginning of the golden answers when a model is loaded"
+    serve.add_argument("--no-self-test", dest="self_test", action="store_false", help=text)
+    serve.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
+    text = "of the lines on standard error: console or json (default: %(default)s)"
+    serve.add_argument("--log-format", choices=("console", "json"), default="console", help=text)
+    _json_option(serve)
 
 
 def _retrieval_commands(root: Any) -> None:

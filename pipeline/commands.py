@@ -100,7 +100,7 @@ def _answer(folder: Path, prompt: str) -> None:
     tokenizer = chat.load(folder)
     briefly = {VARIABLE: False} if tokenizer.takes(VARIABLE) else {}  # thoughts alone would fill the limit
     asked = tokenizer.encode_chat([{"role": "user", "content": prompt}], **briefly)
-    settings = answer.Settings(limit, provider="cpu" if elsewhere else "", split=answer.splits(tokenizer))
+    settings = answer.Settings(limit, provider="cpu" if elsewhere else "", split=tokenizer.thinks)
     answer.stream(folder, tokenizer, asked, settings)
     if elsewhere:
         device = f"{target['validated_on']} ({target['validated_device']})"
@@ -288,7 +288,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     from pipeline import adapter_commands, answer, audio_tower, chat, images, wav
-    from pipeline.generate import Sampling
+    from pipeline.sampling import Sampling
 
     check_positive(options, "max_tokens", "threads", "thinking_budget")
     if len(options.adapter) > 1:
@@ -297,8 +297,7 @@ def generate(options: argparse.Namespace) -> int:
             why="of two adapters the runtime would compute a mixture",
             fix="answer with one of them, or merge them before they are converted",
         )
-    sampled = options.temperature != 0  # NaN is not 0 either
-    sampling = Sampling(sampled, options.temperature or 1.0, options.top_k, options.top_p, options.seed)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text:
         raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
@@ -316,7 +315,7 @@ def generate(options: argparse.Namespace) -> int:
         options.provider,
         sampling,
         options.lookup,
-        not options.raw and answer.splits(tokenizer),
+        not options.raw and tokenizer.thinks,
         options.thinking_budget,
         options.json,
         adapter,

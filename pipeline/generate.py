@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from pipeline import session as sessions
 from pipeline.errors import UsageError
 from pipeline.images import Picture
 from pipeline.replay import Media, feed, prepare
+from pipeline.sampling import Sampler, Sampling
 from pipeline.session import Session
 
 if TYPE_CHECKING:
@@ -22,42 +22,77 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; greedy unless ``sample``."""
-
-    sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature <= 5.0:  # NaN fails too; the runtime would accept it in silence
-            raise UsageError(f"temperature {self.temperature} is not in (0, 5]")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UsageError(f"top_p {self.top_p} is not in (0, 1]")
-        if self.top_k < 1:
-            raise UsageError(f"top_k {self.top_k} is not positive")
-        if self.seed is not None and not 0 <= self.seed < 1 << 31:
-            raise UsageError(f"seed {self.seed} is not in [0, 2^31)")
+# Tokens of a prompt that are fed at a time: what one who gives up has to wait for at most, and what bounds the memory
+# of activations. Kernels of one token sum in another order, so that none is fed alone.
+_CHUNK = 512
 
 
-def start(session: Session, length: int, sampling: Sampling | None = None) -> Any:
+class Reader:
+    """A sequence of tokens that the model has read, and what it expects after them.
+
+    Args:
+        length: room for so many tokens in all, those that fill up a window included.
+    """
+
+    def __init__(self, session: Session, length: int) -> None:
+        self.session, self.length = session, length
+        self.ids: list[int] = []
+        self._generator = start(session, length)
+
+    def feed(self, ids: Sequence[int], media: Media | None = None) -> Iterator[int]:
+        """Read ``ids`` after what was read before, some at a time: yields how many of them have been.
+
+        Leave it and the rest is not read. Models compiled for fixed lengths, and prompts with pictures or sounds, are
+        read at once.
+        """
+        if media is not None or not self.session.rewinds:
+            feed(self._generator, ids, media)
+            self.ids.extend(ids)
+            yield len(ids)
+            return
+        done = 0
+        while done < len(ids):
+            size = min(_CHUNK, len(ids) - done)
+            if len(ids) - done - size == 1:
+                size -= 1
+            self._generator.append_tokens(np.asarray(ids[done : done + size], np.int32))
+            self.ids.extend(ids[done : done + size])
+            done += size
+            yield done
+
+    def logits(self) -> Floats:
+        """Logits ``[V]`` of the next token."""
+        logits = np.asarray(self._generator.get_logits(), np.float32).reshape(-1)
+        return logits[-self.session.vocabulary :]
+
+    def take(self, token: int) -> None:
+        """Read one token of an answer."""
+        if self.session.rewinds:
+            self._generator.append_tokens(np.asarray([token], np.int32))
+        else:  # what is compiled for fixed lengths takes no second append: it is made the only choice
+            logits = np.asarray(self._generator.get_logits(), np.float32)
+            logits[:] = -1e9
+            logits[..., token] = 0.0
+            self._generator.set_logits(logits)
+            self._generator.generate_next_token()
+        self.ids.append(token)
+
+    def rewind(self, count: int) -> None:
+        """Forget all but the first ``count`` tokens; the model must be one that `Session.rewinds`."""
+        if count < len(self.ids):
+            self._generator.rewind_to(count)
+            del self.ids[count:]
+
+
+def start(session: Session, length: int) -> Any:
     """A runtime generator with room for ``length`` tokens in all, those that fill up a window included.
 
-    It has the session's adapter, if there is one, before it has seen a token.
+    It has the session's adapter, if there is one, before it has seen a token. What it would choose itself is the most
+    likely token.
     """
     og = sessions.runtime()
-    sampling = sampling or Sampling()
-    options: dict[str, Any] = {"max_length": length, "do_sample": sampling.sample}
-    if sampling.sample:
-        top_k = min(sampling.top_k, session.vocabulary)
-        options |= {"temperature": sampling.temperature, "top_k": top_k, "top_p": sampling.top_p}
-        if sampling.seed is not None:
-            options["random_seed"] = sampling.seed
     parameters = og.GeneratorParams(session.model)
-    parameters.set_search_options(**options)
+    parameters.set_search_options(max_length=length, do_sample=False)
     generator = og.Generator(session.model, parameters)
     if session.adapter:
         generator.set_active_adapter(session.adapters, session.adapter)
@@ -120,29 +155,23 @@ def stream(
     if limit < 1:
         raise UsageError(f"a limit of {limit} tokens is not positive")
     limit = room(session, len(prompt), limit)
-    generator = start(session, session.padded(len(prompt)) + limit, sampling)
-    feed(generator, prompt, media)
+    reader = Reader(session, session.padded(len(prompt)) + limit)
+    for _ in reader.feed(prompt, media):
+        pass
+    sampler = Sampler(sampling or Sampling(), prompt, session.repetition_penalty)
     forced: deque[int] = deque()
-    for _ in range(limit):
+    for index in range(limit):
         if forced:
-            _force(generator, forced.popleft())
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
+            sampler.note(token := forced.popleft())
+        else:
+            token = sampler.choose(reader.logits())
         if token in session.eos:
             return
         yield token
         if interrupt is not None:
             forced.extend(interrupt(token))
-        if generator.is_done():
-            return
-
-
-def _force(generator: Any, token: int) -> None:
-    """Make ``token`` the only choice for the next one: static models take no second append."""
-    logits = np.asarray(generator.get_logits(), np.float32)
-    logits[:] = -1e9
-    logits[..., token] = 0.0
-    generator.set_logits(logits)
+        if index < limit - 1:
+            reader.take(token)
 
 
 def room(session: Session, prompt: int, limit: int) -> int:

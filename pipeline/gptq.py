@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 # Input channels of a diagonal block: a multiple of every block size.
 _WIDTH = 1280
 
-# Share of the mean diagonal added to the Hessian, as in the paper: channels that hardly ever fire carry no information.
-_DAMPING = 0.01
+# Share of the mean diagonal added to the Hessian. Channels that hardly ever fire carry no information, and few
+# tokens say little of the rest: ten times what the paper adds fits texts better that were not calibrated on.
+_DAMPING = 0.1
 
 # Output channels worked on at once: they do not depend on one another, and a head has very many.
 _ROWS = 16384

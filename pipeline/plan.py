@@ -62,7 +62,7 @@ STAGES: tuple[Stage, ...] = (
         "export", 3, ("checkpoint",), ("olive-ai", "onnxruntime-genai", "optimum-onnx", "onnx", "torch", "transformers")
     ),
     Stage(
-        "quantize", 3, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
+        "quantize", 4, ("checkpoint", "export"), ("olive-ai", "onnxruntime", "onnx", "numpy", "torch", "transformers")
     ),
     Stage("compile", 1, ("quantize",), ("onnxruntime", "onnxruntime-qnn"), compiled=True),
     # After quantization, which takes minutes and does not depend on adapters.

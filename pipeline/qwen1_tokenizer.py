@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pipeline import byte_level
 from pipeline.errors import CheckpointError
 
 FILE = "qwen.tiktoken"
@@ -145,9 +146,11 @@ def write(source: Path, out_dir: Path, vocabulary: int, context: int, eos: str) 
         pairs = merges(tokens)
     except ValueError as error:
         raise _refused(source, str(error)) from None
-    named = {_written(token): rank for rank, token in enumerate(tokens)}
+    named = {byte_level.written(token): rank for rank, token in enumerate(tokens)}
     # Normal form (NFC), pre-tokenization and bytes are those of Qwen2.
-    backend: Any = Qwen2Converter(None).converted(named, [(_written(left), _written(right)) for left, right in pairs])
+    backend: Any = Qwen2Converter(None).converted(
+        named, [(byte_level.written(left), byte_level.written(right)) for left, right in pairs]
+    )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     ids = {token: len(tokens) + index for index, token in enumerate(SPECIALS)}
     if wrong := [token for token, number in ids.items() if backend.token_to_id(token) != number]:
@@ -165,17 +168,3 @@ def write(source: Path, out_dir: Path, vocabulary: int, context: int, eos: str) 
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out_dir)
     return ids
-
-
-def _written(token: bytes) -> str:
-    """The bytes as the printable characters that byte-level BPE writes them with (GPT-2's table)."""
-    return "".join(_CHARACTERS[byte] for byte in token)
-
-
-def _characters() -> list[str]:
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_CHARACTERS = _characters()

@@ -78,19 +78,39 @@ def encode(
     tokenizer: Tokenizer, config: Mapping[str, Any], form: str, truncate: bool, texts: Mapping[str, str]
 ) -> list[int]:
     """Token ids, as `Retriever.ids` gives them; raises as it does."""
+    return framed(config, body(tokenizer, config, form, texts), truncate)
+
+
+def body(tokenizer: Tokenizer, config: Mapping[str, Any], form: str, texts: Mapping[str, str]) -> list[int]:
+    """Token ids of texts put together, without what stands around them.
+
+    Raises:
+        UsageError: a text is empty or is not valid Unicode.
+    """
     given = {"instruction": str(config["instruction"]), **texts}
     if empty := [name for name, text in given.items() if not text.strip()]:
         raise UsageError(f"the {empty[0]} is empty")
-    whole = NAMED.sub(lambda match: given[match[1]], config["forms"][form])
-    body = tokenizer.encode(whole, special=False)
-    before, after = config["before"], config["after"]
-    room = int(config["context_length"]) - len(before) - len(after)
-    if len(body) > room and not truncate:
+    return tokenizer.encode(NAMED.sub(lambda match: given[match[1]], config["forms"][form]), special=False)
+
+
+def room(config: Mapping[str, Any]) -> int:
+    """Most tokens of a text, those around it not counted."""
+    return int(config["context_length"]) - len(config["before"]) - len(config["after"])
+
+
+def framed(config: Mapping[str, Any], ids: Sequence[int], truncate: bool) -> list[int]:
+    """The ids of a text (`body`) with those that the model expects around them.
+
+    Raises:
+        UsageError: they do not fit, and are not to be cut.
+    """
+    most = room(config)
+    if len(ids) > most and not truncate:
         raise UsageError(
-            f"the text has {len(body)} tokens; the model takes {room}",
+            f"the text has {len(ids)} tokens; the model takes {most}",
             fix="shorten it, cut it with --truncate, or rebuild with a larger generation.context_length",
         )
-    return [*before, *body[:room], *after]
+    return [*config["before"], *ids[:most], *config["after"]]
 
 
 def open_package(package: Path, threads: int | None = None) -> Retriever:

@@ -1,8 +1,8 @@
 """Choosing the next token from logits: penalties, biases, and what is drawn from.
 
 The runtime's own search fixes its settings when a generator is made, before a prompt is fed. Here they belong to a
-request, so that a conversation's cache can be taken up by a request with others; a seed gives the same tokens with every
-version of the runtime; and what is asked for is either done or refused.
+request, so that a conversation's cache can be taken up by a request with others; a seed gives the same tokens with
+every version of the runtime; and what is asked for is either done or refused.
 
 Shapes in this module:
     V: vocabulary size.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 MAX_BIAS = 100.0
-_FEW = 2048  # most answers draw from fewer tokens; sorting all of a vocabulary takes as long as a layer of a small model
+_FEW = 2048  # most answers draw from fewer tokens, and sorting a vocabulary takes long
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Sampling:
         top_p: draw from the most likely ones that have this probability together.
         min_p: draw from those that are at least this much as likely as the most likely one.
         seed: of what is drawn; one of the system's when left out.
-        repetition_penalty: logits of tokens of prompt and answer are divided by it, or multiplied where negative (Keskar
-            et al. 2019, https://arxiv.org/abs/1909.05858); None takes the package's.
+        repetition_penalty: logits of tokens of prompt and answer are divided by it, or multiplied where negative
+            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858); None takes the package's.
         presence_penalty, frequency_penalty: subtracted from the logit of a token of the answer, once, and for each time
             that it was given.
         logit_bias: added to the logits of these token ids.
@@ -79,6 +79,12 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the one that the model ranks first, but for the package's own penalty."""
+        changed = self.presence_penalty or self.frequency_penalty or self.logit_bias
+        return self.greedy and not changed and self.repetition_penalty is None
 
 
 class Sampler:
@@ -142,7 +148,9 @@ class Sampler:
     def _drawn(self, logits: Floats) -> int:
         tokens, weights = _candidates(logits, self._sampling)
         sums = np.cumsum(weights)
-        return int(tokens[np.searchsorted(sums, self._random.random() * sums[-1], side="right").clip(max=len(sums) - 1)])
+        return int(
+            tokens[np.searchsorted(sums, self._random.random() * sums[-1], side="right").clip(max=len(sums) - 1)]
+        )
 
 
 def _candidates(logits: Floats, sampling: Sampling) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -46,6 +46,16 @@ class Session:
         """Tokens of a prompt that a static model takes at a time; 1 for all others."""
         return int(self.config["model"]["decoder"].get("sliding_window", {}).get("window_size", 1))
 
+    @property
+    def rewinds(self) -> bool:
+        """Whether what a generator has read can be taken back in part, and read on; not where lengths are fixed."""
+        return "filename" in self.config["model"]["decoder"] and self.window == 1
+
+    @property
+    def repetition_penalty(self) -> float:
+        """What the package's settings ask for where a request does not."""
+        return float(self.config.get("search", {}).get("repetition_penalty", 1.0))
+
     def padded(self, tokens: int) -> int:
         """How many tokens of the context a prompt takes: the runtime fills up the last window."""
         return -(-tokens // self.window) * self.window

@@ -23,8 +23,8 @@ import numpy as np
 
 from pipeline import generate, onnx_references
 from pipeline.errors import UsageError
-from pipeline.generate import Sampling
 from pipeline.graph import LAST_LOGITS
+from pipeline.sampling import Sampling
 from pipeline.session import Session
 
 if TYPE_CHECKING:
@@ -93,16 +93,17 @@ def stream(
     """Token ids that follow ``prompt``, as `pipeline.generate.stream` gives them, greedily.
 
     Args:
-        sampling: must be greedy.
+        sampling: must be plain.
         counts: is added to.
         lookup: whether to draft; the answer without drafts is what others are compared with.
 
     Raises:
         UsageError: sampling is asked for, the package cannot verify drafts; or as `pipeline.generate.stream`.
     """
-    if sampling and sampling.sample:
+    if sampling and not sampling.plain:
         raise UsageError(
-            "lookup decoding is greedy, and sampling was asked for", fix="leave out --lookup, or --temperature"
+            "lookup decoding takes the most likely token, and something else was asked for",
+            fix="leave out --lookup, or --temperature",
         )
     generate.check_prompt(session, prompt)
     if limit < 1:

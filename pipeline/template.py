@@ -2,14 +2,16 @@
 
 Jinja's sandbox keeps a template from the interpreter, not from looping for ever or doubling a string until memory is
 gone; nothing inside one process can. So this file runs as a script with limits on time and memory: it imports nothing
-of this package, reads one JSON object from standard input and writes one to standard output.
+of this package, and for each JSON object, a line of standard input, writes one to standard output.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,57 +19,107 @@ from typing import Any
 SECONDS = 2
 MEMORY = 1 << 30
 OUTPUT = 32 << 20
-_START = 60  # seconds until a busy machine must have started the script and come to an end
+_PATIENCE = 60  # seconds until a busy machine must have started the script and come to an end
+
+
+class Renderer:
+    """Renders templates in one process, which is started when the first one comes and again after one that broke it.
+
+    Safe to use from several threads, which wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """The text that ``template`` makes of ``variables`` (JSON values).
+
+        Raises:
+            ImportError: jinja2 is not installed.
+            ValueError: the template fails, reaches for what the sandbox forbids, or needs too much time or memory;
+                or a variable is no JSON value.
+        """
+        return str(self._ask({"template": template, "variables": variables})["text"])
+
+    def names(self, template: str) -> frozenset[str]:
+        """The variables that ``template`` reads and does not set itself; raises as `render` does."""
+        return frozenset(self._ask({"template": template})["names"])
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """What the process answers to a job."""
+        try:
+            text = json.dumps(job)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(str(error)) from None
+        with self._lock:
+            line = self._line(text)
+            if not line:  # the system has ended it
+                self._end()
+                raise ValueError(f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MiB of memory")
+        answer: dict[str, Any] = json.loads(line)
+        if "missing" in answer:
+            raise ImportError(answer["missing"])
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def _line(self, job: str) -> str:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            command = [sys.executable, "-P", __file__]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        assert self._process.stdin
+        assert self._process.stdout
+        watch = threading.Timer(_PATIENCE, self._process.kill)
+        watch.start()
+        try:
+            self._process.stdin.write(job + "\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except OSError:
+            return ""
+        finally:
+            watch.cancel()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text that ``template`` makes of ``variables`` (JSON values).
-
-    Raises:
-        ImportError: jinja2 is not installed.
-        ValueError: the template fails, reaches for what the sandbox forbids, or needs too much time or memory;
-            or a variable is no JSON value.
-    """
-    return str(_ask({"template": template, "variables": variables})["text"])
+    """What `Renderer.render` returns and raises, in a process of its own."""
+    with contextlib.closing(Renderer()) as renderer:
+        return renderer.render(template, variables)
 
 
 def names(template: str) -> frozenset[str]:
-    """The variables that ``template`` reads and does not set itself; raises as `render` does."""
-    return frozenset(_ask({"template": template})["names"])
-
-
-def _ask(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What this file, run as a script, answers to a job."""
-    try:
-        text = json.dumps(job)
-    except (TypeError, RecursionError) as error:
-        raise ValueError(str(error)) from None
-    command = [sys.executable, "-P", __file__]
-    try:
-        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=_START, check=False)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"it takes more than {_START} seconds") from None
-    answer: dict[str, Any]
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:  # the system ended the script
-        raise ValueError(f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MiB of memory") from None
-    if "missing" in answer:
-        raise ImportError(answer["missing"])
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer
+    """What `Renderer.names` returns and raises, in a process of its own."""
+    with contextlib.closing(Renderer()) as renderer:
+        return renderer.names(template)
 
 
 def _limit() -> None:
-    """Let the system end this process; where it has no such limits (Windows), the caller's time limit remains."""
+    """Let the system end this process; where it has no such limits (Windows), the caller's time limit remains.
+
+    Of the processor it has `SECONDS` from now on; a next job is given as many again.
+    """
     try:
         import resource
     except ImportError:
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     seconds = int(usage.ru_utime + usage.ru_stime) + 1 + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     memory = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
@@ -132,4 +184,6 @@ def _answer(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_answer(json.loads(sys.stdin.buffer.read()))))
+    for job in sys.stdin.buffer:
+        sys.stdout.write(json.dumps(_answer(json.loads(job))) + "\n")
+        sys.stdout.flush()

@@ -55,20 +55,34 @@ class Browser:
         value: dict[str, Any] = json.loads(message)
         return value
 
-    def open(self, page: Path, width: int, scheme: str = "light", media: str = "screen") -> None:
-        """Load a file in a window that is ``width`` CSS pixels wide."""
+    def open(self, page: Path | str, width: int, scheme: str = "light", media: str = "screen") -> None:
+        """Load a file, or an address, in a window that is ``width`` CSS pixels wide."""
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
         self._events = []
-        assert "errorText" not in self.call("Page.navigate", url=page.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        assert "errorText" not in self.call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(self._next())
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression, run by the debugger: the page's policy does not hold for it."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        """The value of a JavaScript expression, run by the debugger: the page's policy does not hold for it.
+
+        Promises are waited for. What the expression throws fails the test.
+        """
+        done = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in done, done["exceptionDetails"]
+        return done["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 30) -> None:
+        """Wait until a JavaScript expression holds; it is looked at again and again in the page."""
+        late = f"performance.now() > end ? no(new Error({json.dumps(expression)})) : setTimeout(look, 15)"
+        self.evaluate(
+            f"new Promise((yes, no) => {{ const end = performance.now() + {1000 * seconds};"
+            f"const look = () => ({expression}) ? yes() : {late}; look(); }})"
+        )
 
     @property
     def complaints(self) -> list[str]:
@@ -77,10 +91,22 @@ class Browser:
         return [json.dumps(event["params"]) for event in self._events if event["method"] in kinds]
 
     def press(self, key: str) -> None:
-        """Press a key with a name, such as Tab."""
-        code = {"Tab": 9, "Enter": 13}[key]
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+        """Press a key with a name, such as Tab; ``Shift+`` may stand before it."""
+        shift, key = key.startswith("Shift+"), key.removeprefix("Shift+")
+        code = {"Tab": 9, "Enter": 13, "Escape": 27}[key]
+        modifiers = 8 if shift else 0
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind, more in (("keyDown" if text else "rawKeyDown", text), ("keyUp", {})):
+            known = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+            self.call("Input.dispatchKeyEvent", type=kind, **known, **more)
+
+    def type(self, text: str) -> None:
+        """Put a text where the cursor is."""
+        self.call("Input.insertText", text=text)
+
+    def screenshot(self) -> bytes:
+        """What the window shows (PNG)."""
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def pdf(self) -> bytes:
         """The page as printed."""

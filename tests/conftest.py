@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -38,3 +39,17 @@ def vision_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         return tiny_vision_checkpoint(tmp_path_factory.mktemp("checkpoint") / model_type, model_type, tied, nested)
 
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny_package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as Olive's ModelBuilder writes it, in float32, whose tokens are no near ties; read only."""
+    from pipeline import exporter
+
+    checkpoint = checkpoint_of("qwen2")
+    folder = tmp_path_factory.mktemp("packages") / "tiny"
+    folder.mkdir()
+    exporter.export_genai(checkpoint, folder, {}, "CPUExecutionProvider", "float32")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(checkpoint / name, folder / name)
+    return folder

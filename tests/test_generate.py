@@ -16,7 +16,8 @@ import pytest
 from pipeline import chat, cli, generate
 from pipeline import session as sessions
 from pipeline.errors import PackageError, UsageError
-from pipeline.generate import Sampling, TextStream
+from pipeline.generate import TextStream
+from pipeline.sampling import Sampling
 from pipeline.session import Session
 
 
@@ -24,19 +25,23 @@ from pipeline.session import Session
     ("options", "text"),
     [
         ({"temperature": math.nan}, "temperature nan"),
-        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -0.1}, "temperature -0.1"),
         ({"temperature": 5.1}, "temperature 5.1"),
         ({"top_p": math.nan}, "top_p nan"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"temperature": math.inf}, "temperature inf"),
-        ({"top_k": 0}, "top_k 0"),
+        ({"top_k": -1}, "top_k -1"),
         ({"seed": -1}, "seed -1"),
-        ({"seed": 1 << 31}, "seed 2147483648"),
+        ({"seed": 1 << 63}, "seed 9223372036854775808"),
+        ({"min_p": math.nan}, "min_p nan"),
+        ({"presence_penalty": 2.1}, "presence_penalty 2.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias nan of token 3"),
     ],
 )
 def test_sampling_is_checked(options: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        Sampling(True, **options)
+        Sampling(**options)
 
 
 CONFIG = {"model": {"context_length": 8, "vocab_size": 16, "eos_token_id": 3, "decoder": {}}}
@@ -141,7 +146,7 @@ def test_greedy_tokens_are_the_most_likely_of_both_paths(session: Session) -> No
 def test_a_seed_gives_the_same_tokens_again(session: Session) -> None:
     def drawn(seed: int) -> list[int]:
         # More choices than there are tokens are all tokens.
-        return list(generate.stream(session, [5, 17, 40], 20, Sampling(True, 5.0, 10_000, 1.0, seed)))
+        return list(generate.stream(session, [5, 17, 40], 20, Sampling(5.0, 10_000, 1.0, seed=seed)))
 
     assert drawn(1) == drawn(1)
     assert len({tuple(drawn(seed)) for seed in range(4)}) > 1

@@ -16,8 +16,8 @@ import pytest
 from pipeline import chat, cli, exporter, generate, graph, lookup_bench, onnx_references, speculation
 from pipeline import session as sessions
 from pipeline.errors import UsageError
-from pipeline.generate import Sampling
 from pipeline.graph import LAST_LOGITS
+from pipeline.sampling import Sampling
 from pipeline.session import Session
 from pipeline.speculation import LONGEST, Counts, Lookup
 
@@ -73,8 +73,8 @@ def test_drafts_grow_while_they_are_accepted_and_shrink_when_not() -> None:
 
 
 def test_sampling_is_refused() -> None:
-    with pytest.raises(UsageError, match="lookup decoding is greedy"):
-        next(speculation.stream(Session(Path(), None, CONFIG, 1, "cpu"), PROMPT, 4, Sampling(sample=True)))
+    with pytest.raises(UsageError, match="lookup decoding takes the most likely"):
+        next(speculation.stream(Session(Path(), None, CONFIG, 1, "cpu"), PROMPT, 4, Sampling(0.5)))
 
 
 @pytest.mark.parametrize(

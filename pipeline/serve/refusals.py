@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.errors import QwenOnnxError
 
 
-class Refused(QwenOnnxError):
+class Refused(QwenOnnxError):  # noqa: N818 - it is what the server did
     """A request that is not honoured.
 
     Args:
@@ -85,3 +85,27 @@ class TimedOut(Refused):
     """An answer that took longer than the server allows."""
 
     status, kind, code = 504, "server_error", "timeout"
+
+
+class NotFound(Refused):
+    """A path that is not served."""
+
+    status, code = 404, "not_found"
+
+
+class NotAllowed(Refused):
+    """A method that a path does not take."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class Forbidden(Refused):
+    """A name of this server that it does not answer to."""
+
+    status, kind, code = 403, "permission_error", "forbidden_host"
+
+
+class TooSlow(Refused):
+    """A body that does not come."""
+
+    status, code = 408, "request_timeout"
