@@ -21,7 +21,7 @@ help: ## show this list
 $(READY): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned tools into $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,sign,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,sign,oci,dev]'
 	@touch $@
 
 $(OPENVINO): $(OPENVINO)/ready

@@ -15,6 +15,7 @@ from pipeline import (
     adapter_commands,
     bench_loop,
     commands,
+    format_commands,
     model_commands,
     retrieval_commands,
     serve_commands,
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
+    _format_commands(root)
     return parser
 
 
@@ -332,6 +334,55 @@ def _bench_command(root: Any) -> None:
     bench.add_argument("--trust", action="store_true", help="load packages without checking them first")
     _store_option(bench)
     _json_option(bench)
+
+
+def _format_commands(root: Any) -> None:
+    pack = _command(root, "pack", format_commands.pack, "write a package as one file, whose bytes are always the same")
+    pack.add_argument("package", type=Path)
+    pack.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: PACKAGE.tar)")
+
+    unpack = _command(root, "unpack", format_commands.unpack, "make a package of an archive, and verify it")
+    unpack.add_argument("archive", type=Path, metavar="FILE")
+    unpack.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    for name, usual, what in (("bytes", 200 * 10**9, "bytes"), ("files", 1000, "files")):
+        text = f"refuse an archive of more {what} (default: %(default)s)"
+        unpack.add_argument(f"--max-{name}", type=model_commands.positive, default=usual, metavar="N", help=text)
+
+    oci = root.add_parser("oci", help="packages in OCI registries").add_subparsers(required=True, metavar="ACTION")
+    push = _command(oci, "push", format_commands.oci_push, "push a package to a registry")
+    push.add_argument("package", type=Path)
+    push.add_argument("reference", metavar="HOST/NAME:TAG")
+    pull = _command(oci, "pull", format_commands.oci_pull, "pull a package; files that are here are not fetched again")
+    pull.add_argument("reference", metavar="HOST/NAME:TAG")
+    pull.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    text = f"OCI layout that keeps what was pulled (default: ${format_commands.CACHE} or .oci beside DIR)"
+    pull.add_argument("--cache", type=Path, metavar="DIR", help=text)
+    for parser in (push, pull):
+        parser.add_argument("--plain-http", action="store_true", help="without TLS, for a registry on this machine")
+    export = _command(oci, "export", format_commands.oci_export, "put a package into an OCI image layout")
+    export.add_argument("package", type=Path)
+    export.add_argument("layout", type=Path)
+    export.add_argument("--tag", default="latest", help="(default: %(default)s)")
+    taken = _command(oci, "import", format_commands.oci_import, "make a package of an artifact in an OCI image layout")
+    taken.add_argument("layout", type=Path)
+    taken.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    taken.add_argument("--tag", default="", help="(default: the only one)")
+
+    layout = _command(root, "layout", format_commands.layout, "lay a package out as another program wants it")
+    layout.add_argument("package", type=Path)
+    layout.add_argument("out", type=Path)
+    text = "Foundry Local's cache, or a repository of a model hub"
+    layout.add_argument("--for", dest="kind", choices=("foundry", "hub"), required=True, help=text)
+
+    diff = _command(
+        root, "diff", format_commands.diff, "compare two releases; ends with 0 compatible, 20 needs review, 21 breaking"
+    )
+    diff.add_argument("old", type=Path)
+    diff.add_argument("new", type=Path)
+    diff.add_argument("--all", action="store_true", help="every difference, also of kinds that are found often")
+    diff.add_argument("--trust", action="store_true", help="skip the digests of packages that were verified before")
+    for parser in (pack, unpack, push, pull, export, taken, layout, diff):
+        _json_option(parser)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
