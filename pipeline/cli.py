@@ -267,6 +267,8 @@ def _serve_command(root: Any) -> None:
     _provider_option(serve)
     serve.add_argument("--trust", action="store_true", help="load packages without checking them first")
     text = "do not replay the beginning of the golden answers when a model is loaded"
+    lookup = "draft greedy answers (temperature 0) from what was said, and verify many tokens at once"
+    serve.add_argument("--lookup", action="store_true", help=lookup)
     serve.add_argument("--no-self-test", dest="self_test", action="store_false", help=text)
     serve.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
     text = "of the lines on standard error: console or json (default: %(default)s)"
