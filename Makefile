@@ -11,9 +11,10 @@ PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
 LLAMACPP := .venv-llamacpp
+SNAKEMAKE := .venv-snakemake
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) cuda-runtime targets test test-all runtimes lint recipes verify serve bench report clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all runtimes lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -39,6 +40,13 @@ $(LLAMACPP)/ready: pipeline/data/constraints-llamacpp.txt
 	@rm -rf $(LLAMACPP) && $(PYTHON) -m venv $(LLAMACPP)
 	@echo "compiling llama.cpp into $(LLAMACPP) (once; needs a C++ compiler, and a quarter of an hour on two cores)"
 	@CMAKE_ARGS="-DGGML_NATIVE=ON $$CMAKE_ARGS" $(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama_cpp_python --constraint $< llama_cpp_python
+	@touch $@
+
+$(SNAKEMAKE): $(SNAKEMAKE)/ready
+$(SNAKEMAKE)/ready: pipeline/data/constraints-snakemake.txt
+	@rm -rf $(SNAKEMAKE) && $(PYTHON) -m venv $(SNAKEMAKE)
+	@echo "installing Snakemake into $(SNAKEMAKE) (once)"
+	@$(SNAKEMAKE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< snakemake snakemake-executor-plugin-slurm
 	@touch $@
 
 cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
