@@ -41,8 +41,8 @@ def workflow(options: argparse.Namespace) -> int:
     print(f"{options.out}: {len(jobs)} steps of {len(plans)} recipes, {shared} shared, {present} in the store already")
     for path in again:
         print(f"{path.name} is no longer in the store, and runs again")
-    print(f"next:  snakemake --directory {options.out} --snakefile {options.out}/Snakefile --cores 2")
-    print("       with --workflow-profile profiles/slurm instead of --cores, on a Slurm cluster")
+    print(f"next:  cd {options.out} && snakemake --cores 2")
+    print("       on a Slurm cluster: snakemake --workflow-profile profiles/slurm")
     return 0
 
 
