@@ -7,6 +7,8 @@ MODEL ?= qwen2.5-coder-0.5b-instruct
 SCHEME ?= int4
 PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
 PORT ?= 8000
+# More options of `qwen-onnx build`, such as --junit FILE.
+OPTIONS ?=
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
@@ -57,7 +59,7 @@ npu: SCHEME := int8
 openvino: ## the same for Intel NPUs, validated on OpenVINO's device for processors
 openvino: $(if $(QWEN_ONNX_OPENVINO),,$(OPENVINO))
 cpu cuda directml webgpu tensorrt-rtx npu openvino: $(READY)
-	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
+	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)' $(OPTIONS)
 
 targets: $(READY) ## what each target is, and what this machine can do for it
 	@$(QWEN) targets

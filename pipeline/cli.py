@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
     build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
+    text = "write what the build came to, good or bad, as one JSON object"
+    build.add_argument("--summary", type=Path, metavar="FILE", help=text)
+    text = "write its steps and gates as JUnit's XML, which CI systems show"
+    build.add_argument("--junit", type=Path, metavar="FILE", help=text)
     _locked_option(build)
     _store_option(build)
     _json_option(build)
