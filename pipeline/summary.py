@@ -122,7 +122,9 @@ def junit(summary: Mapping[str, Any]) -> str:
         parts = (("where", error["where"]), ("why", error["why"]), ("next", error["fix"]))
         found.text = _text("\n".join(f"{label}: {text}" for label, text in parts if text))
         steps.append(case)
-    taken = next((step["seconds"] for step in summary["steps"] if step["stage"] == "validate" and not step["cached"]), 0)
+    taken = next(
+        (step["seconds"] for step in summary["steps"] if step["stage"] == "validate" and not step["cached"]), 0
+    )
     for gate in summary["gates"]:
         path = f" ({gate['path']})" if gate["path"] else ""
         case = _case(f"{name}.gates", f"{gate['metric']}{path}", taken / len(summary["gates"]))

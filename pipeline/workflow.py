@@ -21,7 +21,7 @@ from pipeline import files
 from pipeline.artifact import Step
 from pipeline.store import Store
 
-STEPS, DONE = "steps.json", "done"
+STEPS, DONE, LOGS = "steps.json", "done", "logs"
 _DATA = Path(__file__).parent / "data"
 # File of the workflow -> file of this project.
 _TEXTS = {
@@ -115,6 +115,7 @@ def write(steps: Sequence[Job], out: Path, store: Store, program: Sequence[str])
     listed = [{**asdict(job), "mark": job.mark, "command": [*program, *job.command]} for job in steps]
     files.publish(out / STEPS, json.dumps(listed, indent=1, ensure_ascii=False) + "\n")
     stale = [out / DONE / job.mark for job in steps if store.get(job.stage, job.key) is None]
+    (out / LOGS).mkdir(exist_ok=True)
     gone = [path for path in stale if path.exists()]
     for path in gone:
         path.unlink()

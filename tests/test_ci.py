@@ -25,7 +25,7 @@ from pipeline.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 CI = ROOT / "deploy" / "ci"
-HOSTILE = "a < b & \"c\" ]]> \x1b[31m \x00 \ud800 模型"
+HOSTILE = 'a < b & "c" ]]> \x1b[31m \x00 \ud800 模型'
 GATES = [
     {"metric": "finite", "path": "", "value": 1.0, "bound": 1.0, "sense": "min", "passed": True},
     {"metric": "mean_kl", "path": "prefill", "value": 0.5, "bound": 0.03, "sense": "max", "passed": False},
@@ -65,7 +65,9 @@ def _check(text: str) -> ElementTree.Element:
     return root
 
 
-def test_each_gate_is_a_test_case_with_its_share_of_the_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_gate_is_a_test_case_with_its_share_of_the_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = _recorder(tmp_path).summary("tiny-cpu", error=GateError("mean_kl is 0.5"))
     assert (found["outcome"], found["exit_code"], found["package"]) == ("refused", 8, None)
     assert [(step["stage"], step["cached"]) for step in found["steps"]] == [("checkpoint", True), ("validate", False)]
@@ -155,9 +157,7 @@ class Template:
                 continue
             if "run" in step:
                 command = ["bash", "-e", "-o", "pipefail", "-c", self.value(step["run"], cell)]
-                done = subprocess.run(
-                    command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-                )
+                done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
                 failed += [step["name"]] if done.returncode else []
                 (folder / f"{len(failed)}-{step['run'].split()[-1]}.log").write_text(done.stdout + done.stderr)
             elif step["uses"].startswith("actions/upload-artifact@"):

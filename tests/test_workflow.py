@@ -30,8 +30,7 @@ from pipeline.store import Store
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "qwen2.5-coder-0.5b-instruct"
-SNAKEMAKE = next((path for name in (os.environ.get("QWEN_ONNX_SNAKEMAKE", ""), ".venv-snakemake")
-                  if name and (path := ROOT / name / "bin" / "snakemake").is_file()), None)  # fmt: skip
+SNAKEMAKE = ROOT / ".venv-snakemake" / "bin" / "snakemake"
 TARGETS, MODELS = ("cpu", "cuda", "webgpu"), ("qwen2", "qwen3")
 GATES = {"mean_kl": 0.5, "top1": 0.7, "perplexity_ratio": 2.0, "greedy": 0.3}
 
@@ -47,7 +46,13 @@ def test_a_step_that_recipes_share_is_listed_once_and_after_its_inputs(tmp_path:
     jobs = workflow.jobs(plans, tmp_path / "store", tmp_path / "out")
     assert {job.key for job in jobs} == keys
     # One checkpoint for all; one export for both recipes for processors.
-    assert Counter(job.stage for job in jobs) == {"checkpoint": 1, "export": 2, "quantize": 3, "validate": 3, "package": 3}
+    assert Counter(job.stage for job in jobs) == {
+        "checkpoint": 1,
+        "export": 2,
+        "quantize": 3,
+        "validate": 3,
+        "package": 3,
+    }
     assert len({job.name for job in jobs}) == len({job.mark for job in jobs}) == len(jobs)
     before: set[str] = set()
     for job in jobs:
@@ -83,6 +88,7 @@ def test_a_workflow_is_written_again_when_the_store_has_lost_a_step(
     said = capsys.readouterr().out
     assert "1 in the store already" in said
     assert f"export-{steps[1].key} is no longer in the store, and runs again" in said
+    assert (out / "logs").is_dir()
     assert [path.name for path in (out / "done").iterdir()] == [f"checkpoint-{steps[0].key}"]
 
 
@@ -269,7 +275,7 @@ PLACES = {
 
 def _kill_once(flow: Flow, stage: str, killed: list[int]) -> None:
     """Kill the first process that runs ``stage``, as a system does that is short of memory."""
-    while not killed and time.monotonic():
+    while not killed:
         for log in (flow.store / "logs").glob(f"{stage}-*.log"):
             for process in psutil.process_iter():
                 with contextlib.suppress(psutil.Error):
@@ -281,7 +287,7 @@ def _kill_once(flow: Flow, stage: str, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(SNAKEMAKE is None, reason="Snakemake is not installed: make .venv-snakemake")
+@pytest.mark.skipif(not SNAKEMAKE.is_file(), reason="Snakemake is not installed: make .venv-snakemake")
 @pytest.mark.parametrize(
     "where",
     [

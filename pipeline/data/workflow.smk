@@ -26,14 +26,14 @@ for step in STEPS:
             [f"done/{mark}" for mark in step["inputs"]],
         output:
             touch(f"done/{step['mark']}"),
-        log:
-            f"logs/{step['mark']}.log",
         params:
             command=step["command"],
+            # Not declared as a log, which Snakemake empties before each attempt.
+            log=f"logs/{step['mark']}.log",
         threads: step["threads"]
         resources:
             mem_mb=more(step["mem_mb"]),
             runtime=more(step["runtime"]),
             disk_mb=step["disk_mb"],
         shell:
-            "{params.command:q} >> {log:q} 2>&1"
+            "{params.command:q} >> {params.log:q} 2>&1 || {{ code=$?; tail -n 20 {params.log:q}; exit $code; }}"
