@@ -72,10 +72,7 @@ def test_each_gate_is_a_test_case_with_its_share_of_the_time(
     assert (found["outcome"], found["exit_code"], found["package"]) == ("refused", 8, None)
     assert [(step["stage"], step["cached"]) for step in found["steps"]] == [("checkpoint", True), ("validate", False)]
     steps, gates = _check(summary.junit(found))
-    assert [(case.attrib["name"], case.attrib["time"]) for case in steps] == [
-        ("checkpoint", "0.000"),
-        ("validate", "12.000"),
-    ]
+    assert [(case.attrib["name"], case.attrib["time"]) for case in steps] == [("checkpoint", "0.000")]
     assert steps[0].find("skipped") is not None
     assert [(case.attrib["name"], case.attrib["time"]) for case in gates] == [
         ("finite", "6.000"),
@@ -261,4 +258,4 @@ def test_the_steps_of_the_workflow_build_a_package_or_say_why_not(
     assert (found["outcome"], found["exit_code"], found["package"]) == ("refused", 8, None)
     steps, gates = _check(results["junit.xml"].read_text(encoding="utf-8"))
     assert [suite.attrib["failures"] for suite in (steps, gates)] == ["0", "2"]  # prefill, and token by token
-    assert steps.attrib["skipped"] == "3"  # checkpoint, export and quantize were there
+    assert steps.attrib["skipped"] == steps.attrib["tests"] == "3"  # checkpoint, export and quantize were there
