@@ -88,5 +88,9 @@ done
 
 code=0
 "$@" || code=$?
-scancel --user root 2> /dev/null || true
+scancel --user "$(id -un)" 2> /dev/null || true # what it left running
+for _ in $(seq 100); do
+    [ -z "$(squeue --noheader 2> /dev/null)" ] && break
+    sleep 0.1
+done
 exit "$code"
