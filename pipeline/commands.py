@@ -92,7 +92,7 @@ def _build(options: argparse.Namespace, recorder: Recorder) -> Path:
     recorder.reporter = report.reporter(options.json)
     try:
         artifacts = runner.build(steps, store, recorder)
-        folder = options.out / loaded.name
+        folder: Path = options.out / loaded.name
         fresh = runner.install(artifacts["package"], folder, store)
         with store.lock("index"):  # else a build that looked before another was done could write after it
             page = index.write(options.out)

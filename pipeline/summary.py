@@ -155,9 +155,8 @@ def _suite(name: str, cases: list[ElementTree.Element]) -> ElementTree.Element:
 
     seconds = sum(float(case.attrib["time"]) for case in cases)
     counts = {"tests": str(len(cases)), "failures": count("failure"), "errors": count("error")}
-    suite = ElementTree.Element(
-        "testsuite", name=_text(name), **counts, skipped=count("skipped"), time=f"{seconds:.3f}"
-    )
+    counts |= {"skipped": count("skipped"), "time": f"{seconds:.3f}"}
+    suite = ElementTree.Element("testsuite", {"name": _text(name), **counts})
     suite.extend(cases)
     return suite
 
