@@ -12,7 +12,7 @@ if [ $# -eq 0 ]; then
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-for program in munged slurmctld slurmd sbatch squeue; do
+for program in munged slurmctld slurmd sbatch srun squeue; do
     command -v "$program" > /dev/null || { echo "$program is missing: apt-get install slurm-wlm munge" >&2; exit 10; }
 done
 [ "$(id -u)" -eq 0 ] || { echo "slurmd starts jobs for others, and so has to be run by root" >&2; exit 10; }
@@ -66,6 +66,11 @@ NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemT
 PartitionName=all Nodes=$(hostname -s) Default=YES MaxTime=INFINITE State=UP
 EOF
 export SLURM_CONF="$home/slurm.conf"
+# Inside of jobs Snakemake drops that variable, as a cluster does not need it.
+mkdir "$home/bin"
+printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' "$SLURM_CONF" "$(command -v srun)" > "$home/bin/srun"
+chmod +x "$home/bin/srun"
+export PATH="$home/bin:$PATH"
 
 log() { tail -n 20 "$home"/*.log "$home"/munge/log >&2 2> /dev/null || true; }
 start() {
