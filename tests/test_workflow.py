@@ -232,7 +232,7 @@ def _own(*arguments: str) -> str:
 @contextlib.contextmanager
 def _slurm() -> Iterator[dict[str, str]]:
     """A Slurm of one node on the loopback interface; yields what programs need to find it."""
-    held = 'echo "$SLURM_CONF"; cat > /dev/null'  # until its input is closed
+    held = 'echo "$SLURM_CONF"; echo "$PATH"; cat > /dev/null'  # until its input is closed
     script = ROOT / "deploy" / "slurm" / "one-node.sh"
     with subprocess.Popen(
         [str(script), "sh", "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -240,9 +240,9 @@ def _slurm() -> Iterator[dict[str, str]]:
         assert process.stdin
         assert process.stdout
         try:
-            configuration = process.stdout.readline().strip()
+            configuration, path = (process.stdout.readline().strip() for _ in range(2))
             assert configuration, "Slurm did not start"
-            yield {"SLURM_CONF": configuration}
+            yield {"SLURM_CONF": configuration, "PATH": path}
         finally:
             process.stdin.close()
             process.wait(60)
@@ -273,9 +273,9 @@ PLACES = {
 }
 
 
-def _kill_once(flow: Flow, stage: str, killed: list[int]) -> None:
+def _kill_once(flow: Flow, stage: str, killed: list[int], over: threading.Event) -> None:
     """Kill the first process that runs ``stage``, as a system does that is short of memory."""
-    while not killed:
+    while not over.is_set():
         for log in (flow.store / "logs").glob(f"{stage}-*.log"):
             for process in psutil.process_iter():
                 with contextlib.suppress(psutil.Error):
@@ -308,13 +308,21 @@ def test_a_workflow_does_what_the_plain_runner_does_through_a_failure_and_a_kill
     folders = ["--out", str(flow.folder), "--packages", str(flow.out), "--store", str(flow.store)]
     _own("workflow", *map(str, recipes), *folders)
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_once, args=(flow, "quantize", killed), daemon=True)
-    with place.around() as variables, (tmp_path / "snakemake.log").open("w") as told:
+    over = threading.Event()
+    killer = threading.Thread(target=_kill_once, args=(flow, "quantize", killed, over), daemon=True)
+    with (
+        place.around() as variables,
+        (tmp_path / "snakemake.log").open("w") as told,
+        contextlib.ExitStack() as ended,
+    ):
+        ended.callback(over.set)
 
         def snakemake() -> subprocess.Popen[bytes]:
             environment = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
             command = [str(SNAKEMAKE), *place.options]
-            return subprocess.Popen(command, cwd=flow.folder, env=environment, stdout=told, stderr=told)
+            process = subprocess.Popen(command, cwd=flow.folder, env=environment, stdout=told, stderr=told)
+            ended.callback(process.kill)
+            return process
 
         def said() -> str:
             return (tmp_path / "snakemake.log").read_text(encoding="utf-8")
