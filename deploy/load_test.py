@@ -47,6 +47,7 @@ class Answer:
         ids: of the chunks that came; a stream has one.
         waits: seconds that the server told it to wait, one for each time that it was busy.
         problem: why it is not a whole answer; empty when it is one.
+        refused: that the server was busy as often as it was asked; such an answer is not lost, it was never begun.
     """
 
     prompt: int
@@ -59,6 +60,7 @@ class Answer:
     waits: list[float] = field(default_factory=list)
     untold: int = 0
     problem: str = ""
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def check(references: Sequence[str], answers: Iterable[Answer]) -> Verdict:
                 mixed.append(f"{name} has chunks of the id {one}, as request {owners[one]} has")
         if len(set(answer.ids)) > 1:
             mixed.append(f"{name} has chunks of {len(set(answer.ids))} answers")
+        if answer.refused:
+            continue
         if answer.problem:
             lost.append(f"{name}: {answer.problem}")
         elif answer.text != references[answer.prompt]:
@@ -135,7 +139,7 @@ class Load:
                 answer.problem = f"the connection failed: {error!r}"
                 break
             if time.monotonic() + answer.waits[-1] > self.stop:
-                answer.problem = "the server was busy until the end"
+                answer.problem, answer.refused = "the server was busy until the end", True
                 break
             await asyncio.sleep(answer.waits[-1])
         answer.seconds = time.perf_counter() - begin
@@ -316,7 +320,12 @@ async def test(options: argparse.Namespace) -> dict[str, Any]:
         report = {
             "model": model,
             "clients": options.clients,
-            "requests": {"made": len(load.answers), "answered": len(whole), "never_made": unasked},
+            "requests": {
+                "made": len(load.answers),
+                "answered": len(whole),
+                "refused_to_the_end": sum(answer.refused for answer in load.answers),
+                "never_made": unasked,
+            },
             "different_answers": len(set(references)),
             "lost": verdict.lost,
             "mixed": verdict.mixed,
