@@ -215,13 +215,15 @@ class Probe:
 
     def _run(self) -> None:
         with httpx.Client(base_url=self._url, headers=self._headers, timeout=30, trust_env=False) as client:
-            while not self._end.wait(self._every):
+            while True:
                 begin = time.perf_counter()
                 try:
                     status = client.get("/health").status_code
                 except httpx.HTTPError:
                     status = 0
                 self._found.append((time.perf_counter() - begin, status))
+                if self._end.wait(self._every):
+                    break
 
     def report(self) -> dict[str, Any]:
         """Milliseconds of its answers, and the statuses; 0 is a connection that failed."""
