@@ -73,7 +73,9 @@ class Verdict:
 
 def check(references: Sequence[str], answers: Iterable[Answer]) -> Verdict:
     """Hold answers against those that each prompt got when it was asked alone."""
-    lost, mixed, owners = [], [], {}
+    lost: list[str] = []
+    mixed: list[str] = []
+    owners: dict[str, int] = {}
     for number, answer in enumerate(answers):
         name = f"request {number} (prompt {answer.prompt})"
         for one in set(answer.ids):
