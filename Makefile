@@ -13,7 +13,7 @@ OPENVINO := .venv-openvino
 LLAMACPP := .venv-llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) cuda-runtime targets test test-all lint recipes verify serve bench report clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) cuda-runtime targets test test-all runtimes lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -21,7 +21,7 @@ help: ## show this list
 $(READY): pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "installing the pinned tools into $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,serve,sign,oci,dev]'
 	@touch $@
 
 $(OPENVINO): $(OPENVINO)/ready
@@ -63,6 +63,9 @@ test: $(READY) ## all tests but those on the real checkpoint
 
 test-all: $(READY) ## all tests
 	@$(BIN)/python -m pytest --durations=30
+
+runtimes: $(READY) ## replay packages with the oldest and the newest runtime that is claimed, in environments of their own
+	@$(BIN)/python tests/runtimes.py
 
 lint: $(READY) ## style, types and floors
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

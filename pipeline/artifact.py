@@ -16,6 +16,10 @@ from pipeline.task import GENERATE, TASKS
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
+PROVENANCE = "provenance.dsse.json"
+SIGNED = (SIGNATURE, PROVENANCE)
+"""What signing adds to a package; its manifest is older, and lists neither."""
 VALIDATION = "validation.json"
 GOLDEN = "golden.jsonl"
 SCHEMA_VERSION = 1
@@ -174,6 +178,17 @@ def read_manifest(package: Path) -> Manifest:
     Raises:
         PackageError: it is missing, is not JSON, or does not follow the schema.
     """
+    manifest = load_manifest(package)
+    check_schema(package, manifest)
+    return manifest
+
+
+def load_manifest(package: Path) -> Manifest:
+    """The manifest of a package as far as its list of files goes, of whatever schema version.
+
+    Raises:
+        PackageError: it is missing, is not JSON, or lists no files.
+    """
     path = package / MANIFEST
     try:
         data = read_json(path)
@@ -183,13 +198,35 @@ def read_manifest(package: Path) -> Manifest:
             f"{package} is not a package",
             why=f"it has no {MANIFEST}",
             fix="give the directory that `qwen-onnx build` wrote",
+            codes=["files.missing"],
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise PackageError(f"{MANIFEST} cannot be read", where=str(path), why=str(error)) from None
-    problem = _schema_problem(data)
-    if problem:
-        raise PackageError(f"{MANIFEST} does not follow its schema", where=str(path), why=problem)
+        raise PackageError(
+            f"{MANIFEST} cannot be read", where=str(path), why=str(error), codes=["files.unreadable"]
+        ) from None
+    if problem := _files_problem(data):
+        raise _schema_error(path, problem)
     return Manifest(data)
+
+
+def check_schema(package: Path, manifest: Manifest) -> None:
+    """Check all of a manifest.
+
+    Raises:
+        PackageError: it does not follow the schema, or is of a newer one.
+    """
+    if problem := _version_problem(manifest.data) or _schema_problem(manifest.data):
+        raise _schema_error(package / MANIFEST, problem, newer=bool(_version_problem(manifest.data)))
+
+
+def _schema_error(path: Path, problem: str, newer: bool = False) -> PackageError:
+    return PackageError(
+        f"{MANIFEST} does not follow its schema",
+        where=str(path),
+        why=problem,
+        fix="use the version of qwen-onnx that its package was made with, or a newer one" if newer else "",
+        codes=["manifest.version" if newer else "manifest.schema"],
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -206,8 +243,16 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is no regular file")
     if status.st_size > _MAX_JSON:
         raise ValueError(f"it is larger than {_MAX_JSON} bytes")
-    text = path.read_bytes().decode("utf-8")
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of JSON that nobody has to trust, see `read_json`.
+
+    Raises:
+        ValueError, RecursionError: as `read_json`.
+    """
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -226,24 +271,41 @@ def _finite(text: str) -> float:
     return value
 
 
+def shown(name: str) -> str:
+    """A name that nobody has to trust, as it may go to a terminal: control characters are escaped."""
+    return name if name.isprintable() else ascii(name)
+
+
 def is_file_name(name: str) -> bool:
     """Whether ``name`` can be a file of a package: visible, printable, and one component on every system."""
     return bool(name) and name.isprintable() and not name.startswith(".") and not set(name) & set('/\\:*?"<>|')
 
 
-def _schema_problem(data: Any) -> str:
+def _files_problem(data: Any) -> str:
+    """What is wrong with a manifest's list of files."""
     if not isinstance(data, dict):
         return "it is not an object"
-    if data.get("schema_version") != SCHEMA_VERSION:
-        return f"schema version {data.get('schema_version')!r}; this program reads {SCHEMA_VERSION}"
+    if not isinstance(data.get("files"), dict):
+        return _version_problem(data) or "`files` is missing or of the wrong type"
+    return next(filter(None, (_entry_problem(name, entry) for name, entry in data["files"].items())), "")
+
+
+def _version_problem(data: Mapping[str, Any]) -> str:
+    version = data.get("schema_version")
+    if type(version) is int and version == SCHEMA_VERSION:
+        return ""
+    return f"schema version {version!r}; this program reads {SCHEMA_VERSION}"
+
+
+def _schema_problem(data: Mapping[str, Any]) -> str:
     for key, kind in _REQUIRED.items():
         if not isinstance(data.get(key), kind):
             return f"`{key}` is missing or of the wrong type"
-    if data.get("task", GENERATE) not in TASKS:
+    if data.get("task", GENERATE) not in list(TASKS):  # it may be no text, and have no hash
         return f"task {data['task']!r} is none of {', '.join(TASKS)}"
     if not data["name"].isprintable():  # it goes to terminals
         return f"name {data['name']!r} cannot be printed"
-    return next(filter(None, (_entry_problem(name, entry) for name, entry in data["files"].items())), "")
+    return ""
 
 
 def _entry_problem(name: str, entry: Any) -> str:

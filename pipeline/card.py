@@ -7,6 +7,59 @@ from typing import Any
 
 from pipeline.machine import elsewhere
 from pipeline.replay import PLUGINS
+from pipeline.task import EMBED, GENERATE, RERANK
+
+# Licences that model hubs know by name, in small letters; SPDX identifiers as recipes write them.
+HUB_LICENSES = ("Apache-2.0", "MIT")
+TOOLS_LICENSE = "LICENSE-qwen-onnx"  # of the scripts, where the model's licence is another
+USE = {
+    GENERATE: "Answers to what people or programs ask, on the device or server of whoever runs it, as the base model gives them",
+    EMBED: "Vectors of texts, to find texts by their meaning",
+    RERANK: "Scores of documents for a query, to order what a search has found",
+}
+
+
+def front_matter(manifest: Mapping[str, Any], library: str, tag: str) -> str:
+    """The metadata block that model hubs read (YAML).
+
+    Args:
+        library: distribution that runs the package.
+        tag: what hubs call its task.
+    """
+    source, target = manifest["source"], manifest["target"]
+    known = source["license"] in HUB_LICENSES
+    own = f"other\nlicense_name: {source['license'].lower()}\nlicense_link: LICENSE"
+    languages = "".join(f"\n- {language}" for language in source["languages"]) or " []"
+    return f"""---
+base_model: {source["base_model"]}
+base_model_relation: quantized
+license: {source["license"].lower() if known else own}
+library_name: {library}
+pipeline_tag: {tag}
+tags: [onnx, {library}, qwen, {target["name"]}]
+language:{languages}
+---"""
+
+
+def limits(base_model: str) -> str:
+    """What nobody should expect."""
+    return (
+        f"The model inherits the knowledge, the languages and the biases of {base_model}; quantization adds the loss that was "
+        "measured. The figures hold for the texts they were measured on; measure on your own before you depend on them."
+    )
+
+
+def intended(manifest: Mapping[str, Any]) -> str:
+    """The section on what a package is for, and what it is not for."""
+    source = manifest["source"]
+    spoken = ", ".join(source["languages"]) or "those of the base model"
+    return f"""## Intended use
+
+{USE[manifest.get("task", GENERATE)]}. Languages: {spoken}. What the licence and the card of {source["base_model"]} allow and warn of holds
+here too. Not for decisions about people, their health or their rights without somebody who answers for them: the model can be
+wrong, and sounds sure when it is.
+
+"""
 
 
 def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: int) -> str:
@@ -18,7 +71,6 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
         weights: bytes of external data.
     """
     source, target, recipe = manifest["source"], manifest["target"], manifest["recipe"]
-    languages = "".join(f"\n- {language}" for language in source["languages"])
     words = scheme(recipe.get("quantize", {}))
     rows = "\n".join(
         f"| {path} | {figures['mean_kl']:.4f} | {figures['p99_kl']:.3f} | {figures['top1']:.1%} "
@@ -38,14 +90,8 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
     if found := PLUGINS.get(target["option"]):
         name, module = found
         plugin = f'import {module}\n\nog.register_execution_provider_library("{name}", {module}.get_library_path())'
-    return f"""---
-base_model: {source["base_model"]}
-license: {source["license"].lower()}
-library_name: onnxruntime-genai
-pipeline_tag: {"image-text-to-text" if sees else "audio-text-to-text" if "audio" in validation else "text-generation"}
-tags: [onnx, onnxruntime-genai, qwen]
-language:{languages or " []"}
----
+    tag = "image-text-to-text" if sees else "audio-text-to-text" if "audio" in validation else "text-generation"
+    return f"""{front_matter(manifest, "onnxruntime-genai", tag)}
 
 # {manifest["name"]}
 
@@ -55,8 +101,7 @@ for {target["title"]} ({target["provider"]}, {target["dtype"]} activations).
 ## Check it, then run it
 
     {manifest["runtime"]["install"]}
-    sha256sum --check SHA256SUMS
-    python replay.py
+    python verify.py --replay
 
 ```python
 import json
@@ -75,12 +120,13 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)[len(prompt):]))
 ```
 
-`replay.py` needs only the runtime: it feeds the golden answers of `golden.jsonl` to your device and says, usually within a
+`verify.py` checks every file before anything is loaded ({_VERIFY}), and
+`--key PUBLIC.pem` who signed it, where it is signed. `replay.py`, which it runs, needs only the runtime: it feeds the golden answers of `golden.jsonl` to your device and says, usually within a
 minute, whether it computes what was validated: at least {manifest["replay"]["top1"]:.0%} of the tokens ranked first, log-probabilities
 within {manifest["replay"]["logprob"]:g} nats on average. With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too,
 and `qwen-onnx generate DIR --prompt "..."` answers.
 
-{_thinking(validation)}Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
+{_languages(validation, bool(plugin))}{_thinking(validation)}Text that users type can contain control tokens such as `<|im_end|>`. The runtime's own tokenizer would obey them;
 `qwen-onnx generate` takes them as plain text.
 
 ## How close it is to the original
@@ -100,12 +146,85 @@ KL divergence is in nats a token.
 Greedy answers agree with the reference's for {validation["greedy"]["agreement"]:.0%} of {validation["greedy"]["tokens"]} tokens before the first
 difference. `report.html` shows every figure, gate and answer, and `validation.json` has them for programs.
 
-{_pictures(validation["images"]) if sees else ""}{_audio(validation)}{_adapters(manifest, validation)}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}## Limits
+{_pictures(validation["images"]) if sees else ""}{_audio(validation)}{_adapters(manifest, validation)}{_npu(validation, manifest) if "npu" in validation else _openvino(target)}{intended(manifest)}## Limits
 
-The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
-for the texts they were measured on; measure on your own before you depend on them.
+{limits(source["base_model"])}
 {_extended(validation)}
 {origin(manifest, words)}"""
+
+
+_VERIFY = "it needs Python 3.11 alone, and `sha256sum --check SHA256SUMS` says half of it without"
+
+
+def _languages(validation: Mapping[str, Any], plugin: bool) -> str:
+    """How to run a package from other languages than Python; nothing where the runtime does not prepare the inputs."""
+    if "audio" in validation:
+        return ""
+    register = " Register the provider's plugin first, as above." if plugin else ""
+    return f"""### From C#, C++, Java and JavaScript
+
+The same in the runtime's other bindings; `DIR` is this directory.{register}
+
+```csharp
+using Microsoft.ML.OnnxRuntimeGenAI;  // dotnet add package Microsoft.ML.OnnxRuntimeGenAI
+
+using var model = new Model("DIR");
+using var tokenizer = new Tokenizer(model);
+var messages = "[{{\\"role\\": \\"user\\", \\"content\\": \\"Write a haiku about ONNX.\\"}}]";
+using var prompt = tokenizer.Encode(tokenizer.ApplyChatTemplate("", messages, "", true));
+using var parameters = new GeneratorParams(model);
+parameters.SetSearchOption("max_length", prompt[0].Length + 200);
+using var generator = new Generator(model, parameters);
+generator.AppendTokenSequences(prompt);
+using var stream = tokenizer.CreateStream();
+while (!generator.IsDone()) {{
+    generator.GenerateNextToken();
+    Console.Write(stream.Decode(generator.GetSequence(0)[^1]));
+}}
+```
+
+```cpp
+#include <iostream>
+#include "ort_genai.h"  // link with onnxruntime-genai
+
+int main() {{
+    auto model = OgaModel::Create("DIR");
+    auto tokenizer = OgaTokenizer::Create(*model);
+    const char* messages = R"([{{"role": "user", "content": "Write a haiku about ONNX."}}])";
+    auto prompt = OgaSequences::Create();
+    tokenizer->Encode(tokenizer->ApplyChatTemplate("", messages, "", true), *prompt);
+    auto parameters = OgaGeneratorParams::Create(*model);
+    parameters->SetSearchOption("max_length", prompt->SequenceCount(0) + 200);
+    auto generator = OgaGenerator::Create(*model, *parameters);
+    generator->AppendTokenSequences(*prompt);
+    auto stream = OgaTokenizerStream::Create(*tokenizer);
+    while (!generator->IsDone()) {{
+        generator->GenerateNextToken();
+        std::cout << stream->Decode(generator->GetSequenceData(0)[generator->GetSequenceCount(0) - 1]) << std::flush;
+    }}
+}}
+```
+
+```java
+import ai.onnxruntime.genai.*;
+
+try (var model = new Model("DIR"); var tokenizer = new Tokenizer(model); var parameters = new GeneratorParams(model)) {{
+    var messages = "[{{\\"role\\": \\"user\\", \\"content\\": \\"Write a haiku about ONNX.\\"}}]";
+    var prompt = tokenizer.encode(tokenizer.applyChatTemplate("", messages, "", true));
+    parameters.setSearchOption("max_length", prompt.getSequence(0).length + 200);
+    try (var generator = new Generator(model, parameters); var stream = tokenizer.createStream()) {{
+        generator.appendTokenSequences(prompt);
+        while (!generator.isDone()) {{
+            generator.generateNextToken();
+            System.out.print(stream.decode(generator.getLastTokenInSequence(0)));
+        }}
+    }}
+}}
+```
+
+The runtime has no binding for JavaScript: a page or a Node program asks a server in OpenAI's protocol, such as `qwen-onnx serve DIR`.
+
+"""
 
 
 def origin(manifest: Mapping[str, Any], words: str) -> str:
@@ -276,6 +395,8 @@ def notice(manifest: Mapping[str, Any], original: str = "") -> str:
 
 Changed from the original: the weights were converted to ONNX and quantized
 ({scheme(manifest["recipe"].get("quantize", {}))}). Made with {tools}.
+Nothing of these tools is in the package but replay.py and verify.py, which are part of qwen-onnx, licensed under Apache-2.0
+(see {"LICENSE" if source["license"] == "Apache-2.0" else TOOLS_LICENSE}). bom.cdx.json has the licence of each.
 {_whose(manifest)}""" + (f"\nThe notices of the original:\n\n{original}" if original else "")
 
 

@@ -157,6 +157,18 @@ def load(package: Path) -> Tokenizer:
     return Tokenizer(trusted, literal, template, specials)
 
 
+def template_of(package: Path) -> str:
+    """The chat template of a package, empty where it has none; needs no library.
+
+    Raises:
+        PackageError: it cannot be read.
+    """
+    try:
+        return _template(package, _config(package))
+    except (OSError, ValueError) as error:
+        raise PackageError(f"the chat template of {package} cannot be read", why=str(error)) from None
+
+
 def _config(package: Path) -> dict[str, Any]:
     path = package / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

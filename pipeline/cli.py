@@ -15,11 +15,14 @@ from pipeline import (
     adapter_commands,
     bench_loop,
     commands,
+    format_commands,
     model_commands,
     retrieval_commands,
     serve_commands,
+    trust_commands,
 )
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
+from pipeline.provenance import BUILDER
 
 Command = Callable[[argparse.Namespace], int]
 ARTIFACTS = Path("artifacts")
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
+    _format_commands(root)
     return parser
 
 
@@ -156,14 +160,29 @@ def _store_commands(root: Any) -> None:
             parsed.add_argument("--keep", type=Path, nargs="*", help="recipes to keep (default: all below recipes/)")
 
 
-def _package_commands(root: Any) -> None:
+def _trust_commands(root: Any) -> None:
     verify = _command(
-        root, "verify", commands.verify, "check a package before it is used; nothing of it is loaded before that"
+        root, "verify", trust_commands.verify, "check a package before it is used; nothing of it is loaded before that"
     )
     verify.add_argument("package", type=Path)
+    text = "the public key that it must be signed with; without one, nobody asks who made it"
+    verify.add_argument("--key", type=Path, metavar="PEM", help=text)
     verify.add_argument("--replay", action="store_true", help="then load it and replay its golden transcript here")
     _provider_option(verify)
     _json_option(verify)
+
+    sign = _command(root, "sign", trust_commands.sign, "sign a package, and say where it comes from")
+    sign.add_argument("package", type=Path)
+    text = "private key, P-256 or P-384; the password of an encrypted one is in $QWEN_ONNX_KEY_PASSWORD"
+    sign.add_argument("--key", type=Path, required=True, metavar="PEM", help=text)
+    default = os.environ.get("QWEN_ONNX_BUILDER", BUILDER)
+    text = "URI of what built it, for the provenance (default: $QWEN_ONNX_BUILDER or %(default)s)"
+    sign.add_argument("--builder-id", default=default, metavar="URI", help=text)
+    _json_option(sign)
+
+
+def _package_commands(root: Any) -> None:
+    _trust_commands(root)
 
     generate = _command(root, "generate", commands.generate, "answer a prompt with a package")
     generate.add_argument("package", type=Path)
@@ -315,6 +334,55 @@ def _bench_command(root: Any) -> None:
     bench.add_argument("--trust", action="store_true", help="load packages without checking them first")
     _store_option(bench)
     _json_option(bench)
+
+
+def _format_commands(root: Any) -> None:
+    pack = _command(root, "pack", format_commands.pack, "write a package as one file, whose bytes are always the same")
+    pack.add_argument("package", type=Path)
+    pack.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: PACKAGE.tar)")
+
+    unpack = _command(root, "unpack", format_commands.unpack, "make a package of an archive, and verify it")
+    unpack.add_argument("archive", type=Path, metavar="FILE")
+    unpack.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    for name, usual, what in (("bytes", 200 * 10**9, "bytes"), ("files", 1000, "files")):
+        text = f"refuse an archive of more {what} (default: %(default)s)"
+        unpack.add_argument(f"--max-{name}", type=model_commands.positive, default=usual, metavar="N", help=text)
+
+    oci = root.add_parser("oci", help="packages in OCI registries").add_subparsers(required=True, metavar="ACTION")
+    push = _command(oci, "push", format_commands.oci_push, "push a package to a registry")
+    push.add_argument("package", type=Path)
+    push.add_argument("reference", metavar="HOST/NAME:TAG")
+    pull = _command(oci, "pull", format_commands.oci_pull, "pull a package; files that are here are not fetched again")
+    pull.add_argument("reference", metavar="HOST/NAME:TAG")
+    pull.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    text = f"OCI layout that keeps what was pulled (default: ${format_commands.CACHE} or .oci beside DIR)"
+    pull.add_argument("--cache", type=Path, metavar="DIR", help=text)
+    for parser in (push, pull):
+        parser.add_argument("--plain-http", action="store_true", help="without TLS, for a registry on this machine")
+    export = _command(oci, "export", format_commands.oci_export, "put a package into an OCI image layout")
+    export.add_argument("package", type=Path)
+    export.add_argument("layout", type=Path)
+    export.add_argument("--tag", default="latest", help="(default: %(default)s)")
+    taken = _command(oci, "import", format_commands.oci_import, "make a package of an artifact in an OCI image layout")
+    taken.add_argument("layout", type=Path)
+    taken.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    taken.add_argument("--tag", default="", help="(default: the only one)")
+
+    layout = _command(root, "layout", format_commands.layout, "lay a package out as another program wants it")
+    layout.add_argument("package", type=Path)
+    layout.add_argument("out", type=Path)
+    text = "Foundry Local's cache, or a repository of a model hub"
+    layout.add_argument("--for", dest="kind", choices=("foundry", "hub"), required=True, help=text)
+
+    diff = _command(
+        root, "diff", format_commands.diff, "compare two releases; ends with 0 compatible, 20 needs review, 21 breaking"
+    )
+    diff.add_argument("old", type=Path)
+    diff.add_argument("new", type=Path)
+    diff.add_argument("--all", action="store_true", help="every difference, also of kinds that are found often")
+    diff.add_argument("--trust", action="store_true", help="skip the digests of packages that were verified before")
+    for parser in (pack, unpack, push, pull, export, taken, layout, diff):
+        _json_option(parser)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

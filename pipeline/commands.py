@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import GateError, QwenOnnxError, UsageError
 from pipeline.task import GENERATE
@@ -249,40 +249,6 @@ def store_gc(options: argparse.Namespace) -> int:
             print(f"{path}: not kept ({error.what})", file=sys.stderr)
     freed = _open_store(options).collect(keep)
     print(f"{freed / 1e9:.2f} GB freed")
-    return 0
-
-
-def verify(options: argparse.Namespace) -> int:
-    from pipeline import verify
-
-    manifest = verify.package(options.package)
-    facts: dict[str, Any] = {"package": str(options.package), "name": manifest.data["name"], "digest": manifest.digest}
-    facts["files"] = len(manifest.files) + 2
-    if options.replay:
-        facts["runtime"] = verify.check_runtime(manifest)
-        facts["replay"] = (
-            verify.replay(options.package, options.provider)
-            if manifest.generates
-            else verify.replay_retrieval(options.package)
-        )
-    if options.json:
-        print(json.dumps(facts))
-        return 0
-    print(f"{facts['name']}: {facts['files']} files are as built, configuration and external data are safe")
-    print(f"digest {facts['digest']}")
-    if options.replay and not manifest.generates:
-        from pipeline import retrieval_replay
-
-        print(f"replay with onnxruntime {facts['runtime']}: {retrieval_replay.told(facts['replay'])}")
-    elif options.replay:
-        result = facts["replay"]
-        print(
-            f"replay with onnxruntime-genai {facts['runtime']} on {result['provider']}: {result['identical']} of "
-            f"{result['prompts']} answers identical, {result['top1']:.1%} of {result['tokens']} tokens ranked first, "
-            f"log-probabilities within {result['logprob']:.4f} nats on average"
-        )
-        for name, part in result.get("adapters", {}).items():
-            print(f"with {name}: {part['identical']} of {part['prompts']} answers identical")
     return 0
 
 

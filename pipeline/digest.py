@@ -16,9 +16,14 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def of_bytes(data: bytes) -> str:
+    """sha256 (hex) of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def of_value(value: Any) -> str:
     """sha256 (hex) of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()
+    return of_bytes(canonical_json(value))
 
 
 def of_file(path: Path, progress: Callable[[int], None] | None = None) -> str:

@@ -17,6 +17,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 INTERRUPTED = 130
 
 
@@ -28,13 +30,15 @@ class QwenOnnxError(Exception):
         where: file, line, key or step.
         why: the cause, or why it matters.
         fix: what the user can do.
+        codes: what is wrong with a package, for programs (`docs/verify.md`).
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "", codes: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what, self.where, self.why, self.fix = what, where, why, fix
+        self.codes = tuple(codes)
 
     def __str__(self) -> str:
         rows = [self.what]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import ResourceError
 
@@ -16,12 +19,23 @@ def publish(path: Path, text: str) -> None:
     Raises:
         ResourceError: it cannot be written; what was there is as it was.
     """
+    with staged(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which becomes ``path`` at the end of the block; its folder is made where it is missing.
+
+    Raises:
+        ResourceError: it cannot be written; what was there is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -31,6 +45,15 @@ def publish(path: Path, text: str) -> None:
         raise ResourceError(
             f"{path} cannot be written", why=str(error), fix="free some space, or give another place"
         ) from None
+
+
+def flush_folder(folder: Path) -> None:
+    """Make the names in a folder last, such as that of a file that was renamed into it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def link(source: Path, path: Path) -> None:

@@ -77,6 +77,19 @@ class Reader:
             self._generator.generate_next_token()
         self.ids.append(token)
 
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another token."""
+        return len(self.ids) >= self.length
+
+    def grow(self, length: int) -> Iterator[int]:
+        """Make room for ``length`` tokens in all. The runtime cannot: all is read again, and told as by `feed`."""
+        ids, self.ids = self.ids, []
+        self._generator = None  # its memory comes back first
+        self._generator = start(self.session, length)
+        self.length = length
+        yield from self.feed(ids)
+
     def rewind(self, count: int) -> None:
         """Forget all but the first ``count`` tokens; the model must be one that `Session.rewinds`."""
         if count < len(self.ids):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pipeline import digest, files, html_report, measured, svg, verify
-from pipeline.artifact import CHECKSUMS, MANIFEST, VALIDATION, Manifest, read_json, read_manifest
+from pipeline import digest, files, html_report, measured, package_config, package_files, package_graphs, svg
+from pipeline.artifact import CHECKSUMS, MANIFEST, SIGNATURE, SIGNED, VALIDATION, Manifest, read_json, read_manifest
 from pipeline.errors import PackageError, QwenOnnxError, UsageError
 
 INDEX = "index.html"
@@ -122,7 +122,8 @@ def _whole(folder: Path) -> Manifest:
     entries = {path.name: path.lstat() for path in folder.iterdir()}
     wanted = {name: sha256 for name, (_, sha256) in manifest.files.items()}
     problems = [f"{name} is missing" for name in sorted({*wanted, MANIFEST, CHECKSUMS} - entries.keys())]
-    problems += [f"{name} was added" for name in sorted(entries.keys() - {*wanted, MANIFEST, CHECKSUMS})]
+    allowed = {*wanted, MANIFEST, CHECKSUMS, *(SIGNED if SIGNATURE in entries else ())}
+    problems += [f"{name} was added" for name in sorted(entries.keys() - allowed)]
     problems += [f"{name} is no regular file" for name, entry in entries.items() if not stat.S_ISREG(entry.st_mode)]
     if not problems:
         problems = [
@@ -131,13 +132,13 @@ def _whole(folder: Path) -> Manifest:
             if entries[name].st_size != size
             or (name in (VALIDATION, html_report.REPORT) and digest.of_file(folder / name) != sha256)
         ]
-        sums = verify.checksums({**wanted, MANIFEST: digest.of_file(folder / MANIFEST)})
+        sums = package_files.checksums({**wanted, MANIFEST: digest.of_file(folder / MANIFEST)})
         if (folder / CHECKSUMS).read_bytes() != sums:
             problems.append(f"{CHECKSUMS} does not agree with the manifest")
     if problems:
         raise PackageError("it is not the package that was built", why="; ".join(problems))
-    verify.check_settings(folder, manifest)
-    verify.check_external_data(folder)
+    package_config.check_settings(folder, manifest)
+    package_graphs.check_external_data(folder)
     return manifest
 
 

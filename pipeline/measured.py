@@ -122,6 +122,14 @@ def bench(package: Path) -> dict[str, Any]:
     return _shown(beside(package, "bench"), Bench, _bench)
 
 
+def read_bench(package: Path) -> Bench | None:
+    """The benchmark of a package; nothing where there is none that can be read."""
+    try:
+        return Bench.model_validate(read_json(beside(package, "bench")))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _shown(path: Path, model: type[_Model], view: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"file": path.name, "problem": "", "given": False}
     try:

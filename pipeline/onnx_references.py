@@ -1,4 +1,4 @@
-"""Which stretches of which files an ONNX graph refers to, its inputs and outputs, read with the standard library alone.
+"""Which files an ONNX graph refers to, its operators, inputs and outputs, read with the standard library alone.
 
 A package is checked before anything loads it, and where nothing is installed that could: this reads the Protocol
 Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as external data needs (onnx.proto).
@@ -7,6 +7,7 @@ Buffers wire format (https://protobuf.dev/programming-guides/encoding) as far as
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ _GRAPH, _INPUT, _OUTPUT, _VALUE_NAME = 7, 11, 12, 1  # fields of ModelProto, Gra
 _VALUE_TYPE, _TENSOR_TYPE = 2, 1  # fields of ValueInfoProto, TypeProto
 _ELEMENT, _SHAPE, _DIM, _DIM_VALUE = 1, 2, 1, 1  # fields of TypeProto.Tensor (2), TensorShapeProto, its Dimension
 _ATTRIBUTE_NAME, _ATTRIBUTE_STRING = 1, 4  # fields of AttributeProto
+_OPERATOR, _DOMAIN = 4, 7  # fields of NodeProto
+_OPSET, _OPSET_DOMAIN, _OPSET_VERSION = 8, 1, 2  # fields of ModelProto, OperatorSetIdProto
 # Attributes of EPContext nodes that name a file which the execution provider reads.
 _FILE_ATTRIBUTES = {"ep_cache_context"}
 _MAX_DEPTH = 64
@@ -79,6 +82,45 @@ def inputs(data: bytes) -> dict[str, tuple[int, tuple[int, ...]]]:
         dims = [_integer(dim, _DIM_VALUE, -1) for part in kinds for dim in _inside(part, _SHAPE, _DIM)]
         found[bytes(names[-1]).decode("utf-8") if names else ""] = (kind[-1] if kind else 0, tuple(dims))
     return found
+
+
+def operators(data: bytes) -> dict[str, int]:
+    """Operator → how many nodes of the model in ``data`` have it, those of subgraphs and functions included.
+
+    Operators of other domains than ONNX's own are named ``domain::Operator``.
+
+    Raises:
+        ValueError: the bytes are no ONNX model.
+    """
+    return dict(Counter(_operators(memoryview(data), "Model", 0)))
+
+
+def opsets(data: bytes) -> dict[str, int]:
+    """Domain → version of the operator sets that the model in ``data`` asks for; ONNX's own is ``ai.onnx``.
+
+    Raises:
+        ValueError: the bytes are no ONNX model.
+    """
+    found = {}
+    for part in _inside(memoryview(data), _OPSET):
+        names = _inside(part, _OPSET_DOMAIN)
+        domain = bytes(names[-1]).decode("utf-8") if names else ""
+        found[domain or "ai.onnx"] = _integer(part, _OPSET_VERSION, 0)
+    return found
+
+
+def _operators(data: memoryview, message: str, depth: int) -> Iterator[str]:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    if message == "Node":
+        names, domains = _inside(data, _OPERATOR), _inside(data, _DOMAIN)
+        name = bytes(names[-1]).decode("utf-8") if names else ""
+        domain = bytes(domains[-1]).decode("utf-8") if domains else ""
+        yield name if domain in {"", "ai.onnx"} else f"{domain}::{name}"
+    for number, value in _fields(data):
+        nested = _NESTED[message].get(number)
+        if nested in _NESTED and isinstance(value, memoryview):
+            yield from _operators(value, nested, depth + 1)
 
 
 def _integer(data: memoryview, wanted: int, missing: int) -> int:

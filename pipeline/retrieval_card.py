@@ -30,7 +30,6 @@ def readme(manifest: Mapping[str, Any], validation: Mapping[str, Any], weights: 
     """The model card (Markdown with the metadata block that model hubs read); arguments as `card.readme` has them."""
     source, target, recipe, task = manifest["source"], manifest["target"], manifest["recipe"], TASKS[manifest["task"]]
     figures = validation["retrieval"]
-    languages = "".join(f"\n- {language}" for language in source["languages"])
     words = card.scheme(recipe.get("quantize", {}))
     rows = "\n".join(
         f"| {gate['metric']} | {gate['value']:g} | {'at most' if gate['sense'] == 'max' else 'at least'} {gate['bound']:g} |"
@@ -48,14 +47,7 @@ length again (`--dimensions`).
         "embed": 'qwen-onnx embed DIR --query "..." --text "..."',
         "rerank": 'qwen-onnx rerank DIR --query "..." --document "..."',
     }[task.name]
-    return f"""---
-base_model: {source["base_model"]}
-license: {source["license"].lower()}
-library_name: onnxruntime
-pipeline_tag: {task.tag}
-tags: [onnx, onnxruntime, qwen]
-language:{languages or " []"}
----
+    return f"""{card.front_matter(manifest, "onnxruntime", task.tag)}
 
 # {manifest["name"]}
 
@@ -65,8 +57,7 @@ for {target["title"]} ({target["provider"]}, {target["dtype"]} activations). It 
 ## Check it, then run it
 
     {manifest["runtime"]["install"]}
-    sha256sum --check SHA256SUMS
-    python replay.py
+    python verify.py --replay
 
 ```python
 import json
@@ -94,7 +85,8 @@ def result(form, **texts):
 Texts of a batch may be padded on either side: the graph reads `attention_mask`, takes each text's last token, and computes the
 result from that. Texts are at most {manifest["context_length"]:,} tokens long. Replace `config["instruction"]` by what your queries are for.
 {shorter}
-`replay.py` needs only onnxruntime: it computes the results of `golden.jsonl` again and says whether they are what was validated
+`verify.py` checks every file before anything is loaded, and `--key PUBLIC.pem` who signed it, where it is signed. `replay.py`, which
+it runs, needs only onnxruntime: it computes the results of `golden.jsonl` again and says whether they are what was validated
 ({near}). With qwen-onnx installed, `qwen-onnx verify DIR --replay` checks everything else too, and
 `{command}` runs it.
 
@@ -109,9 +101,8 @@ Measured with onnxruntime {manifest["tools"]["onnxruntime"]} on {target["validat
 
 `report.html` shows each text, and `validation.json` has the same for programs.
 
-## Limits
+{card.intended(manifest)}## Limits
 
-The model inherits the knowledge, the languages and the biases of {source["base_model"]}; quantization adds the loss above. The figures hold
-for the texts they were measured on; measure on your own before you depend on them. {_MIXING if not task.labels else ""}
+{card.limits(source["base_model"])} {_MIXING if not task.labels else ""}
 
 {card.origin(manifest, words)}"""

@@ -31,10 +31,10 @@ from pipeline import (
     mel,
     models,
     multimodal,
+    package_config,
     reference,
     replay,
     session,
-    verify,
 )
 from pipeline.artifact import GOLDEN
 from pipeline.errors import CheckpointError, PackageError, StageError, UsageError
@@ -376,13 +376,13 @@ def test_the_configuration_of_towers_is_checked(exported: session.Session, tmp_p
     config = json.loads((exported.package / "genai_config.json").read_bytes())
     path = tmp_path / "genai_config.json"
     path.write_text(json.dumps(config))
-    verify.check_config(tmp_path)
+    package_config.check_config(tmp_path)
     for key, value in (("config_filename", "x.json"), ("filename", "../a.onnx"), ("filename", "a.bin")):
         broken = json.loads(json.dumps(config))
         broken["model"]["speech"][key] = value
         path.write_text(json.dumps(broken))
         with pytest.raises(PackageError, match="does not trust") as caught:
-            verify.check_config(tmp_path)
+            package_config.check_config(tmp_path)
         assert f"model.speech.{key}" in caught.value.why
 
 

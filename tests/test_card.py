@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline import card
 from pipeline.errors import StageError
@@ -45,6 +46,35 @@ def test_the_scheme_is_told_in_full(quantize: dict[str, Any], text: str) -> None
     assert f"({text})" in shown
     assert "a 1, b 2" in shown
     assert card.notice(manifest, "Copyright of the original").endswith("Copyright of the original")
+
+
+def test_hubs_read_the_licence_and_what_it_was_made_from() -> None:
+    manifest = {"target": {"name": "cpu"}}
+    source = {"base_model": "Qwen/Tiny", "license": "Apache-2.0", "languages": ["en", "zh"]}
+    known = yaml.safe_load(card.front_matter(manifest | {"source": source}, "onnxruntime", "text-ranking").strip("-\n"))
+    assert (known["license"], known["base_model"]) == ("apache-2.0", "Qwen/Tiny")
+    assert (known["base_model_relation"], known["pipeline_tag"]) == ("quantized", "text-ranking")
+    assert known["language"] == ["en", "zh"]
+    own = {"source": source | {"license": "Qwen-Research", "languages": []}}
+    other = yaml.safe_load(card.front_matter(manifest | own, "onnxruntime", "text-ranking").strip("-\n"))
+    assert (other["license"], other["license_name"], other["license_link"]) == ("other", "qwen-research", "LICENSE")
+    assert other["language"] == []
+
+
+def test_the_scripts_have_their_own_licence_where_the_models_is_another() -> None:
+    source = {"base_model": "Qwen", "license": "Odd"}
+    manifest = {"source": source, "tools": {}, "recipe": {"quantize": {"algorithm": "none"}}}
+    assert card.TOOLS_LICENSE in card.notice(manifest)
+    source["license"] = "Apache-2.0"
+    assert card.TOOLS_LICENSE not in card.notice(manifest)
+
+
+@pytest.mark.parametrize("validation", [{}, {"images": {}}])
+def test_the_runtimes_other_languages_are_shown(validation: dict[str, Any]) -> None:
+    text = card._languages(validation, plugin=False)
+    assert [f"```{name}\n" in text for name in ("csharp", "cpp", "java")] == [True] * 3
+    assert "{{" not in text
+    assert not card._languages({"audio": {}}, plugin=False)
 
 
 def test_the_licence_of_the_checkpoint_comes_first(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline import generate
+from pipeline import chat, generate
 from pipeline import session as sessions
 from pipeline.errors import PackageError, UsageError
 from pipeline.sampling import Sampling
+from pipeline.serve import answering, slots
 from pipeline.serve import engine as engines
 from pipeline.serve.answering import Stops
 from pipeline.serve.engine import Engine, Limits
@@ -126,6 +127,19 @@ def test_the_next_turn_of_a_conversation_is_not_read_again(tiny_package: Path, s
             assert end.cached == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_full_grows(tiny_package: Path, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_SMALL", 16)
+    monkeypatch.setattr(slots, "_USUAL", 4)
+    host = answering.Host(session, chat.load(tiny_package), slots.Slots(1), {})
+    request = Request(PROMPT, 60, Sampling(logit_bias=dict.fromkeys(session.eos, -100.0)))
+    events = list(answering.answer(host, request))
+    found = [event.token for event in events if isinstance(event, Piece)]
+    assert found == list(generate.stream(session, PROMPT, 60, request.sampling))
+    assert [event.done for event in events if isinstance(event, Prefilled)] == [6, 16, 32, 64]
+    assert events[-1] == End(LENGTH, "", len(PROMPT), 0, 60)
 
 
 @pytest.mark.slow

@@ -27,11 +27,11 @@ from pipeline import (
     graph,
     graph_weights,
     metrics,
+    package_config,
     plan,
     recipe,
     reference,
     replay,
-    verify,
 )
 from pipeline import session as sessions
 from pipeline.artifact import CHECKSUMS, MANIFEST, Artifact, Step
@@ -168,7 +168,7 @@ def test_a_float16_export_is_the_checkpoint(name: str, model_type: str, made: Ma
     package, row = made(name, model_type, "none").path, TARGETS[name]
     provider, _ = configured(package)
     assert provider == row.option
-    verify.check_config(package)
+    package_config.check_config(package)
     model = graph.load(package / "model.onnx")
     found = dtypes(model)
     assert found["activations"] == {TensorProto.FLOAT16}
@@ -405,7 +405,7 @@ UNSAFE: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("case", SAFE)
 def test_providers_of_the_targets_pass_the_check(case: str, tmp_path: Path) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps(config_with(*SAFE[case])))
-    verify.check_config(tmp_path)
+    package_config.check_config(tmp_path)
 
 
 @pytest.mark.parametrize("case", UNSAFE)
@@ -414,4 +414,4 @@ def test_no_provider_brings_anything_that_the_runtime_would_load(case: str, tmp_
     with pytest.raises(
         PackageError, match="provider_options` names providers or options that are not known to be safe"
     ):
-        verify.check_config(tmp_path)
+        package_config.check_config(tmp_path)

@@ -19,7 +19,7 @@ import browser
 import pytest
 from test_verify import CONFIG, GOOD, external, model
 
-from pipeline import card, cli, digest, html_report, index, measured, svg, verify
+from pipeline import card, cli, digest, html_report, index, measured, package_files, svg, verify
 from pipeline.artifact import CHECKSUMS, MANIFEST, VALIDATION, Artifact, Estimate, Step
 from pipeline.errors import ResourceError, UsageError
 from pipeline.html_report import REPORT
@@ -421,7 +421,7 @@ def _sealed(folder: Path, change: Callable[[dict[str, Any]], Any], name: str = V
         manifest["files"][VALIDATION] = {"size": size, "sha256": sha256}
         (folder / MANIFEST).write_text(json.dumps(manifest))
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    (folder / CHECKSUMS).write_bytes(verify.checksums({**sums, MANIFEST: digest.of_file(folder / MANIFEST)}))
+    (folder / CHECKSUMS).write_bytes(package_files.checksums({**sums, MANIFEST: digest.of_file(folder / MANIFEST)}))
 
 
 def _instead(path: Path, make: Callable[[Path], Any]) -> None:

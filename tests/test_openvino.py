@@ -21,7 +21,22 @@ import pytest
 from onnx import TensorProto, helper
 from test_replay import script
 
-from pipeline import cli, generate, isolated, machine, olive, openvino, plan, recipe, reference, replay, report, verify
+from pipeline import (
+    cli,
+    generate,
+    isolated,
+    machine,
+    olive,
+    openvino,
+    package_config,
+    package_graphs,
+    plan,
+    recipe,
+    reference,
+    replay,
+    report,
+    verify,
+)
 from pipeline import session as sessions
 from pipeline.artifact import Artifact
 from pipeline.errors import PackageError, RecipeError, RuntimeMissing, StageError
@@ -176,7 +191,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_options_that_could_name_files_are_refused(case: str) -> None:
     options, good = CONFIGS[case]
-    assert verify._is_provider({"OpenVINO": options}) is good
+    assert package_config._is_provider({"OpenVINO": options}) is good
 
 
 @pytest.mark.parametrize("spoilt", ["", "no weights", "weights elsewhere", "a graph elsewhere"])
@@ -196,10 +211,10 @@ def test_a_graph_and_its_weights_are_files_of_the_package(spoilt: str, tmp_path:
         next(entry for entry in model.graph.node[0].attribute if entry.name == "ep_cache_context").s = b"../model.xml"
         onnx.save(model, str(package / "model.onnx"))
     if not spoilt:
-        verify.check_external_data(package)
+        package_graphs.check_external_data(package)
         return
     with pytest.raises(PackageError, match=r"model\.onnx refers to data that it may not read"):
-        verify.check_external_data(package)
+        package_graphs.check_external_data(package)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from test_gpu import BASES, run, steps_of
 
-from pipeline import cli, graph, machine, replay, verify
+from pipeline import cli, golden, graph, machine, replay
 from pipeline import session as sessions
 from pipeline.artifact import GOLDEN, MANIFEST, Artifact
 from pipeline.external_data import read_tensor
@@ -159,7 +159,7 @@ def test_the_same_machine_gives_the_same_answers_with_the_same_probabilities(
     package = packages[name]
     entries = lines_of(package)
     assert sum(len(entry["tokens"]) for entry in entries) > 20
-    found = verify.replay(package, provider="cpu")
+    found = golden.replay(package, provider="cpu")
     assert found["provider"] == "cpu"
     assert found["identical"] == found["prompts"] == len(entries)
     assert found["tokens"] == sum(len(entry["tokens"]) for entry in entries)

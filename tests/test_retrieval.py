@@ -20,8 +20,10 @@ from test_gpu import run
 
 from pipeline import (
     cli,
+    golden,
     graph,
     headless,
+    package_config,
     plan,
     recipe,
     retrieval,
@@ -526,10 +528,10 @@ def test_a_device_that_computes_something_else_is_found_out(made: Packages, tmp_
         entry["values"] = entry["values"][::-1]
     (package / GOLDEN).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(PackageError, match="does not compute what was validated"):
-        verify.replay_retrieval(package)
+        golden.replay_retrieval(package)
     manifest = json.loads((package / MANIFEST).read_bytes())
     with pytest.raises(PackageError, match="its configuration to 'embed'"):
-        verify.check_settings(package, verify.Manifest(manifest | {"task": "rerank"}))
+        package_config.check_settings(package, verify.Manifest(manifest | {"task": "rerank"}))
 
 
 @slow

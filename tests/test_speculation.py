@@ -246,7 +246,7 @@ def test_the_command_reports_drafts_and_refuses_to_sample(package: Path, capsys:
     assert last["lookup"] == vars(counts)
     assert last["tokens"] == len(tokens)
     assert cli.main([*arguments, "--temperature", "0.5"]) == 2
-    assert "greedy" in json.loads(capsys.readouterr().out)["what"]
+    assert "most likely" in json.loads(capsys.readouterr().out)["what"]
 
 
 @pytest.mark.slow

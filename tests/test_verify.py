@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import digest, verify
+from pipeline import digest, golden, package_files, verify
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST
 from pipeline.errors import PackageError, RuntimeMissing
 
@@ -62,7 +62,7 @@ def seal(folder: Path, **changes: Any) -> None:
     data |= {"schema_version": 1, "name": "p", "runtime": {"minimum": "0.14.1"}, "files": files, **changes}
     (folder / MANIFEST).write_text(json.dumps(data))
     sums = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: digest.of_file(folder / MANIFEST)}
-    (folder / CHECKSUMS).write_bytes(verify.checksums(sums))
+    (folder / CHECKSUMS).write_bytes(package_files.checksums(sums))
 
 
 @pytest.fixture
@@ -465,4 +465,4 @@ def test_a_runtime_that_is_absent_is_named() -> None:
 def test_a_transcript_that_is_none_is_refused_before_the_model_is_loaded(package: Path, line: str) -> None:
     (package / GOLDEN).write_text(line)
     with pytest.raises(PackageError, match=r"golden\.jsonl cannot be read"):
-        verify.replay(package)
+        golden.replay(package)

@@ -24,10 +24,13 @@ from pipeline import (
     exporter,
     fusion_graph,
     generate,
+    golden,
     images,
     media_quantizer,
     models,
     multimodal,
+    package_config,
+    package_graphs,
     pictures,
     reference,
     replay,
@@ -417,8 +420,8 @@ def test_a_prompt_has_a_place_for_each_picture(package_of: Callable[..., Path]) 
 @slow
 def test_a_processor_that_is_not_known_is_not_trusted(package_of: Callable[..., Path], tmp_path: Path) -> None:
     package = shutil.copytree(package_of("qwen2_vl"), tmp_path / "p")
-    verify.check_config(package)
-    verify.check_external_data(package)
+    package_config.check_config(package)
+    package_graphs.check_external_data(package)
     path = package / "processor_config.json"
     good = json.loads(path.read_bytes())
     for change in (
@@ -431,7 +434,7 @@ def test_a_processor_that_is_not_known_is_not_trusted(package_of: Callable[..., 
         change(config)
         path.write_text(json.dumps(config))
         with pytest.raises(PackageError):
-            verify.check_config(package)
+            package_config.check_config(package)
     path.write_text(json.dumps(good))
     config = json.loads((package / "genai_config.json").read_bytes())
     for part, key, value in (
@@ -443,11 +446,11 @@ def test_a_processor_that_is_not_known_is_not_trusted(package_of: Callable[..., 
         changed["model"][part][key] = value
         (package / "genai_config.json").write_text(json.dumps(changed))
         with pytest.raises(PackageError):
-            verify.check_config(package)
+            package_config.check_config(package)
     del config["model"]["vision_start_token_id"]
     (package / "genai_config.json").write_text(json.dumps(config))
     with pytest.raises(PackageError) as refused:
-        verify.check_config(package)
+        package_config.check_config(package)
     assert "vision_start_token_id" in refused.value.why
 
 
@@ -502,7 +505,7 @@ def test_a_package_is_validated_with_pictures(artifacts: dict[str, Artifact]) ->
 def test_a_package_with_pictures_is_verified_and_replayed(artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     package = artifacts["package"].path
     verify.package(package)
-    assert verify.replay(package)["top1"] == 1
+    assert golden.replay(package)["top1"] == 1
     shown = [entry for entry in replay.read(package / GOLDEN) if "images" in entry]
     assert [len(entry["images"]) for entry in shown] == [1, 1, 1, 1, 2]
     code, text = script(package)

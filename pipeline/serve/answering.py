@@ -16,6 +16,7 @@ from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.generate import Reader, TextStream
 from pipeline.sampling import Sampler, log_probabilities
+from pipeline.serve import slots
 from pipeline.serve.events import LENGTH, STOP, End, Event, Piece, Prefilled, Request
 from pipeline.serve.slots import Slots
 from pipeline.session import Session
@@ -63,8 +64,8 @@ def answer(host: Host, request: Request) -> Iterator[Event]:
     prompt, media = generate.attach(session, request.prompt, pictures)
     generate.check_prompt(session, prompt, media)
     limit = generate.room(session, len(prompt), request.limit)
-    length = session.padded(len(prompt)) + limit
-    with host.slots.taken(session, prompt, length, request.cache and media is None) as (reader, cached):
+    grows = session.rewinds and media is None
+    with host.slots.taken(session, prompt, limit, request.cache and grows, grows) as (reader, cached):
         for done in reader.feed(prompt[cached:], media):
             yield Prefilled(cached + done, len(prompt), cached)
         yield from _Answer(host.tokenizer, request, reader, prompt, cached).steps(limit)
@@ -114,8 +115,16 @@ class _Answer:
                 yield self._end(STOP, count + 1)
                 return
             if count < limit - 1:
+                yield from self._grown()
                 self._reader.take(token)
         yield self._end(LENGTH, limit)
+
+    def _grown(self) -> Iterator[Event]:
+        """Make room for another token where there is none."""
+        reader = self._reader
+        if reader.full:
+            for done in reader.grow(slots.larger(reader.session, reader.length)):
+                yield Prefilled(done, len(reader.ids), 0)
 
     def _next(self, logits: Floats) -> int:
         self._follows = False

@@ -163,17 +163,17 @@ class Generator:
         return await self._aanswer(_ENDPOINTS["prompt"], {"prompt": prompt, **fields})
 
     @overload
-    def respond(self, input: Any, *, stream: Literal[True], **fields: Any) -> Answers[Event]: ...  # noqa: A002
+    def respond(self, input: Any, *, stream: Literal[True], **fields: Any) -> Answers[Event]: ...
     @overload
-    def respond(self, input: Any, *, stream: Literal[False] | None = None, **fields: Any) -> Response: ...  # noqa: A002
+    def respond(self, input: Any, *, stream: Literal[False] | None = None, **fields: Any) -> Response: ...
     def respond(self, input: Any, **fields: Any) -> Response | Answers[Event]:  # noqa: A002 - the field's name
         """The answer to a text or to items, as of `/v1/responses`."""
         return self._answer(_RESPONSES, {"input": input, **fields})
 
     @overload
-    async def arespond(self, input: Any, *, stream: Literal[True], **fields: Any) -> AsyncAnswers[Event]: ...  # noqa: A002
+    async def arespond(self, input: Any, *, stream: Literal[True], **fields: Any) -> AsyncAnswers[Event]: ...
     @overload
-    async def arespond(self, input: Any, *, stream: Literal[False] | None = None, **fields: Any) -> Response: ...  # noqa: A002
+    async def arespond(self, input: Any, *, stream: Literal[False] | None = None, **fields: Any) -> Response: ...
     async def arespond(self, input: Any, **fields: Any) -> Response | AsyncAnswers[Event]:  # noqa: A002
         """`respond`, awaited."""
         return await self._aanswer(_RESPONSES, {"input": input, **fields})

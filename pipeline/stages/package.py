@@ -10,9 +10,12 @@ from typing import Any
 
 from pipeline import (
     adapter_files,
+    bom,
+    bundle,
     card,
     digest,
     html_report,
+    package_files,
     positions,
     replay,
     retrieval_card,
@@ -32,10 +35,13 @@ from pipeline.artifact import (
     candidate,
     graph_files,
 )
+from pipeline.bom import BOM
 from pipeline.errors import StageError
 from pipeline.retrieval_config import CONFIG
 from pipeline.task import GENERATE, TASKS
+from pipeline.verify_script import SCRIPT
 
+_PARTS = (".onnx", ".data", ".bin", ".xml", ".onnx_adapter")
 _LICENSES = Path(__file__).parent.parent / "data"
 
 
@@ -60,10 +66,13 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     task = TASKS[step.fields.get("task", GENERATE)]
     script, configure, readme = _WRITERS[task.generates]
     shutil.copyfile(Path(str(script.__file__)), out_dir / "replay.py")
+    (out_dir / SCRIPT).write_text(bundle.verify_script(), encoding="utf-8")
     if task.generates:
         _check_context(model, checkpoint, step.fields["generation"]["context_length"])
     context = configure(out_dir, step.fields["generation"])
     _write_license(checkpoint.path, str(step.fields["license"]), out_dir)
+    if step.fields["license"] != "Apache-2.0":
+        shutil.copyfile(_LICENSES / "Apache-2.0.txt", out_dir / card.TOOLS_LICENSE)
     manifest = _describe(step, inputs, validation["candidate"])
     if not task.generates:
         manifest |= {"task": task.name, "context_length": context}
@@ -76,16 +85,25 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     (out_dir / "NOTICE").write_text(card.notice(manifest, original), encoding="utf-8")
     progress(0.9, "digests")
     manifest["files"] = {path.name: _entry(path) for path in sorted(out_dir.iterdir())}
-    report = out_dir / html_report.REPORT
+    (out_dir / BOM).write_text(_bom(manifest, validation), encoding="utf-8")
+    manifest["files"][BOM] = _entry(out_dir / BOM)
+    report = out_dir / html_report.REPORT  # it lists all files before it
     report.write_text(html_report.page(manifest, validation), encoding="utf-8")
     manifest["files"][report.name] = _entry(report)
     text = json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True)
     (out_dir / MANIFEST).write_text(text + "\n", encoding="utf-8")
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     sums[MANIFEST] = digest.of_file(out_dir / MANIFEST)
-    (out_dir / CHECKSUMS).write_bytes(verify.checksums(sums))
+    (out_dir / CHECKSUMS).write_bytes(package_files.checksums(sums))
     verify.package(out_dir)
     return Result({"name": step.fields["name"], "weights": size, "files": len(sums) + 1})
+
+
+def _bom(manifest: Mapping[str, Any], validation: Mapping[str, Any]) -> str:
+    """The bill of materials, whose files are the ones that are a part of the model."""
+    parts = {name: entry for name, entry in manifest["files"].items() if Path(name).suffix in _PARTS}
+    made = bom.document({**manifest, "files": parts}, validation)
+    return json.dumps(made, indent=1, ensure_ascii=False) + "\n"
 
 
 def _adapters(folder: Path) -> dict[str, Any]:
