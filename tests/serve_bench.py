@@ -104,7 +104,7 @@ def overhead(package: Path, threads: int, tokens: int, rounds: int, seconds: int
         await engine.start()
         assert engine.pid
         here, model = psutil.Process(), psutil.Process(engine.pid)
-        served = server.children()[-1]
+        served = next(child for child in server.children() if "pipeline.serve.worker" in child.cmdline())
 
         async def engine_stream() -> Timed:
             begin = time.perf_counter()
