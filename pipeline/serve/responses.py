@@ -1,4 +1,4 @@
-"""`/v1/responses`, free of HTTP: a conversation of items is one of messages, and its answer becomes items and events."""
+"""`/v1/responses`, free of HTTP: items become the messages of a chat completion, and its answer items and events."""
 
 from __future__ import annotations
 
@@ -91,10 +91,9 @@ def _failure(error: QwenOnnxError) -> ResponseError:
     text = ": ".join(part for part in (error.what, error.why) if part)
     if isinstance(error, RateLimited):
         return ResponseError(code="rate_limit_exceeded", message=text, type=error.kind)
-    refused = isinstance(error, Refused)
     if isinstance(error, UsageError) or (isinstance(error, Refused) and error.status < 500):
         return ResponseError(code="invalid_prompt", message=text, type="invalid_request_error")
-    return ResponseError(code="server_error", message=text, type=error.kind if refused else "server_error")
+    return ResponseError(code="server_error", message=text, type="server_error")
 
 
 def _begun(request: ResponseRequest, asked: ChatRequest, search: dict[str, Any]) -> Response:
