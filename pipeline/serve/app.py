@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ class Call:
     path: str
     takes: type[types.Given]
     gives: type[BaseModel]
-    complete: Callable[[Models, Any, str], Awaitable[BaseModel]]
-    stream: Callable[[Models, Any, str], Awaitable[Any]] | None = None
+    complete: Callable[[Models, Any, str], Coroutine[Any, Any, BaseModel]]
+    stream: Callable[[Models, Any, str], Coroutine[Any, Any, Any]] | None = None
     named: bool = False
 
 
@@ -119,7 +119,7 @@ def create(models: Models, settings: Settings | None = None) -> FastAPI:
         _add(app, "POST", call.path, _handler(call, guarded, settings), call.gives, _responses(call), call.takes)
     _add_models(app, models)
     _add_watching(app, models, metrics)
-    free = _HEALTH
+    free: tuple[str, ...] = _HEALTH
     if settings.page:
         app.router.routes.extend(page.routes())
         free += tuple(page.PATHS)
@@ -184,13 +184,13 @@ def _handler(call: Call, models: Models, settings: Settings) -> Handler:
         _note_model(facts, models, getattr(asked, "model", None))
         _check_limit(asked, settings.max_tokens)
         if call.stream and getattr(asked, "stream", None):
-            chunks = await sse.unless_gone(request.receive, call.stream(models, asked, client))  # type: ignore[arg-type]
+            chunks = await sse.unless_gone(request.receive, call.stream(models, asked, client))
             if chunks is None:
                 raise bodies.Gone
             source = sse.Source(chunks, call.named, lambda error: _note(facts, error))
             await source.open()
             return sse.Events(source, settings.ping_seconds)
-        answer = await sse.unless_gone(request.receive, call.complete(models, asked, client))  # type: ignore[arg-type]
+        answer = await sse.unless_gone(request.receive, call.complete(models, asked, client))
         if answer is None:
             raise bodies.Gone
         return Response(answer.model_dump_json(), media_type="application/json")
@@ -257,7 +257,9 @@ def _add_watching(app: FastAPI, models: Models, metrics: Metrics) -> None:
         return JSONResponse(app.openapi())
 
     unwell: dict[int | str, dict[str, Any]] = {503: {"model": Health, "description": "Requests are not answered."}}
-    errors = {status: about for status, about in _responses(None).items() if status in {403, 500}}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: about for status, about in _responses(None).items() if status in {403, 500}
+    }
     for path, handler in (("/health", healthy), ("/ready", ready)):
         _add(app, "GET", path, handler, Health, {**errors, **unwell})
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)

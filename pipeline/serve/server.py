@@ -126,7 +126,7 @@ class _Server(uvicorn.Server):
     """uvicorn, whose signals are handled here: it would end by the signal, and not with 0."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """Leave them alone."""
         yield
 
