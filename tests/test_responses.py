@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,15 +155,9 @@ def test_a_wrong_field_is_named(more: dict[str, Any], parameter: str, told: str)
 def test_every_field_of_openais_is_taken_or_refused() -> None:
     from openai.types.responses import response_create_params
 
-    theirs: set[str] = set()
-    for kind in response_create_params.ResponseCreateParamsBase.__orig_bases__[0], *_kinds(response_create_params):
-        theirs |= set(getattr(kind, "__annotations__", {}))
+    theirs = set(response_create_params.ResponseCreateParamsStreaming.__annotations__)
     assert "previous_response_id" in theirs
     assert theirs <= set(ResponseRequest.model_fields) | set(ResponseRequest.refused)
-
-
-def _kinds(module: Any) -> list[Any]:
-    return [module.ResponseCreateParamsBase, module.ResponseCreateParamsStreaming]
 
 
 def test_items_become_messages() -> None:
@@ -329,7 +322,7 @@ def test_an_answer_is_that_of_a_chat_completion_and_of_its_stream(model: Generat
 
 @slow
 def test_a_function_is_called_and_its_answer_is_read(model: Generator) -> None:
-    given: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "temperature": 0}
+    given: dict[str, Any] = {"tools": [TOOL], "tool_choice": "required", "temperature": 0, "parallel_tool_calls": False}
     streamed = checked(list(model.respond(ASKED, stream=True, **given)))
     whole = model.respond(ASKED, **given)
     for response in (streamed, whole):
@@ -377,11 +370,7 @@ def test_log_probabilities_can_be_included(model: Generator) -> None:
 @pytest.mark.parametrize(
     ("more", "kind", "parameter"),
     [
-        (
-            said({"type": "input_image", "image_url": "data:image/png;base64,AA=="}),
-            Unsupported,
-            "input[0].content[0].*",
-        ),
+        (said({"type": "input_image", "image_url": "data:x"}), Unsupported, "input[0].content[0].image_url"),
         ({"input": "fox " * 600}, TooLong, "input"),
         ({"instructions": "fox " * 600}, TooLong, "input"),
         ({"reasoning": {"effort": "high"}}, Unsupported, "reasoning.effort"),
@@ -399,8 +388,7 @@ def test_what_a_model_cannot_do_is_refused_by_the_names_of_this_request(
 ) -> None:
     with pytest.raises(kind) as caught:
         model.respond(**{"input": "hi", "stream": stream, **more})
-    assert caught.value.parameter is not None
-    assert caught.value.parameter.startswith(parameter.removesuffix(".*"))
+    assert caught.value.parameter == parameter
     assert "messages" not in str(caught.value)
 
 
@@ -445,7 +433,7 @@ def thinking(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @slow
 def test_thoughts_are_an_item_and_can_be_given_back(thinking: Generator) -> None:
-    given: dict[str, Any] = {"thinking_budget": 6, "max_output_tokens": 24, "temperature": 0}
+    given: dict[str, Any] = {"thinking_budget": 6, "max_output_tokens": 90, "temperature": 0}
     streamed = checked(list(thinking.respond(ASKED, stream=True, **given)))
     whole = thinking.respond(ASKED, **given)
     for response in (streamed, whole):
@@ -518,5 +506,4 @@ def test_events_are_named_and_a_client_that_goes_frees_its_place(server: Server)
         assert answer.status_code == 200
         next(answer.iter_bytes())
     assert server.calm(10)
-    time.sleep(0.1)
-    assert server.metric("qwen_onnx_model_cancelled_total") >= before
+    assert server.metric("qwen_onnx_model_cancelled_total") == before + 1
