@@ -56,6 +56,8 @@ TOOL = {
     },
 }
 
+CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+
 
 def checked(events: list[Event]) -> Response:
     """The response at the end of events, each of which is one of OpenAI's, in an order that is one of theirs."""
@@ -161,7 +163,6 @@ def test_every_field_of_openais_is_taken_or_refused() -> None:
 
 
 def test_items_become_messages() -> None:
-    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
     request = asked(
         instructions="Be brief.",
         input=[
@@ -169,8 +170,8 @@ def test_items_become_messages() -> None:
             {"role": "user", "content": "b"},
             {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
             {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "c"}]},
-            {**call, "id": "fc_1", "status": "completed"},
-            {**call, "call_id": "c2"},
+            {**CALL, "id": "fc_1", "status": "completed"},
+            {**CALL, "call_id": "c2"},
             {"type": "function_call_output", "call_id": "c1", "output": "1"},
             {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
             {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "led to nothing"}]},
@@ -380,6 +381,7 @@ def test_log_probabilities_can_be_included(model: Generator) -> None:
         ({"top_logprobs": 2}, Refused, "top_logprobs"),
         ({"chat_template_kwargs": {"colour": 1}}, Unsupported, "chat_template_kwargs.colour"),
         ({"input": [{"role": "assistant", "content": None}]}, Refused, "input[0].content"),
+        ({"input": [CALL, {**CALL, "call_id": "c2", "arguments": "no"}]}, Refused, "input[1].arguments"),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
