@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -529,3 +530,55 @@ def test_answers_that_are_asked_for_together(tiny: Tiny) -> None:
         found = list(pool.map(lambda seed: tiny.chat(seed=seed, temperature=1.2).choices[0].message.content, range(6)))
     assert found == alone
     assert time.monotonic() - begin < 30
+
+
+def test_answers_that_are_dropped_or_crowded_out_in_this_process(tiny_package: Path) -> None:
+    """Chunks that nobody reads, nor closes, are given up; a batch waits for room as long as a request may take."""
+    from pipeline.serve import chat as conversation
+    from pipeline.serve import completions, models, protocol, worker
+    from pipeline.serve.engine import Limits
+    from pipeline.serve.refusals import TimedOut
+
+    async def work() -> None:
+        limits = Limits(queue=1, timeout=20)
+        model = models.load(tiny_package, "tiny", worker.Options(threads=1, parallel=1), limits)
+        served, engine = models.Models([model]), model.engine
+        await engine.start()
+        try:
+            never = {str(token): -100 for token in model.eos}
+            body = {"model": "tiny", "messages": ASKED, "max_tokens": 400, "logit_bias": never}
+            streamed = protocol.parse(protocol.ChatRequest, {**body, "stream": True})
+            chunks = await conversation.stream(served, streamed)
+            assert engine.running == 1
+            del chunks
+            await _until(lambda: not engine.running)
+            assert engine.counts.cancelled == 1
+
+            waiting = asyncio.create_task(conversation.stream(served, streamed))
+            await asyncio.sleep(0)
+            waiting.cancel()  # the client has gone before there was an event
+            await asyncio.gather(waiting, return_exceptions=True)
+            await _until(lambda: not engine.running + engine.waiting)
+
+            prompts = [f"The {number}" for number in range(12)]
+            batch = protocol.parse(
+                protocol.CompletionRequest, {"model": "tiny", "prompt": prompts, "max_tokens": 2, "logit_bias": never}
+            )
+            both = await asyncio.gather(completions.complete(served, batch), completions.complete(served, batch))
+            assert [found.usage.completion_tokens for found in both if found.usage] == [24, 24]
+            assert engine.counts.refused == 0
+            engine.limits = replace(limits, timeout=0.3)
+            long = batch.model_copy(update={"max_tokens": 300})
+            with pytest.raises(TimedOut):
+                await completions.complete(served, long)
+            await _until(lambda: not engine.running + engine.waiting)
+        finally:
+            await engine.stop(0)
+
+    asyncio.run(work())
+
+
+async def _until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not holds():
+            await asyncio.sleep(0.02)

@@ -304,7 +304,7 @@ def test_no_text_takes_long_to_lay_out(chromium: browser.Browser, bare: str) -> 
         });
         """,
     )
-    assert max(times, key=lambda entry: entry[1])[1] < 0, times
+    assert max(times, key=lambda entry: entry[1])[1] < 6000, times
     deep = _run(
         chromium,
         r"""
