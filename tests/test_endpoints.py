@@ -82,9 +82,10 @@ class Tiny:
 
 
 def served(package: Path, *options: str) -> Iterator[Tiny]:
-    with serving(package, *options) as server, openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
-    ) as client:
+    with (
+        serving(package, *options) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
         yield Tiny(server, package, client)
 
 
@@ -121,6 +122,11 @@ def calls_of(chunks: Sequence[Any]) -> list[tuple[str, str, str]]:
             entry[1] += delta.function.name or ""
             entry[2] += delta.function.arguments or ""
     return [(number, name, arguments) for number, name, arguments in found.values()]
+
+
+def named(token: str) -> bytes:
+    """The bytes of a token as completions name it."""
+    return bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
 
 
 def is_point(text: str) -> bool:
@@ -284,8 +290,7 @@ def test_echo_stop_and_log_probabilities(tiny: Tiny) -> None:
     assert tiny.complete(stop=whole[3:6]).choices[0].text == whole[: whole.index(whole[3:6])]
     told = tiny.complete(logprobs=2).choices[0].logprobs
     assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 8
-    raw = [bytes.fromhex(one[6:].replace("\\x", "")) if one.startswith("bytes:") else one.encode() for one in told.tokens]
-    assert b"".join(raw).decode(errors="replace") == whole
+    assert b"".join(map(named, told.tokens)).decode(errors="replace") == whole
     for token, offset in zip(told.tokens, told.text_offset, strict=True):
         assert token.startswith("bytes:") or whole[offset:].startswith(token)
     best = tiny.complete(n=1, best_of=3, seed=1, temperature=1.5)
@@ -540,7 +545,7 @@ def test_answers_that_are_dropped_or_crowded_out_in_this_process(tiny_package: P
     from pipeline.serve.refusals import TimedOut
 
     async def work() -> None:
-        limits = Limits(queue=1, timeout=20)
+        limits = Limits(queue=4, timeout=30)
         model = models.load(tiny_package, "tiny", worker.Options(threads=1, parallel=1), limits)
         served, engine = models.Models([model]), model.engine
         await engine.start()
@@ -574,6 +579,8 @@ def test_answers_that_are_dropped_or_crowded_out_in_this_process(tiny_package: P
             await _until(lambda: not engine.running + engine.waiting)
         finally:
             await engine.stop(0)
+            if model.tokenizer.renderer:
+                model.tokenizer.renderer.close()
 
     asyncio.run(work())
 

@@ -201,7 +201,9 @@ def _check_limit(asked: BaseModel, most: int) -> None:
 
 def _add_models(app: FastAPI, models: Models) -> None:
     async def cards(request: Request) -> Response:  # noqa: ARG001
-        return Response((await asyncio.to_thread(tokens.cards, models)).model_dump_json(), media_type="application/json")
+        return Response(
+            (await asyncio.to_thread(tokens.cards, models)).model_dump_json(), media_type="application/json"
+        )
 
     async def card(request: Request) -> Response:
         found = await asyncio.to_thread(tokens.card, models, request.path_params["model"])

@@ -102,8 +102,8 @@ class Run:
     async def _begin_when_there_is_room(self, index: int, request: Request) -> None:
         engine = self._engine
         while True:
-            # The engine counts what it refuses, which is told of clients that were turned away.
-            if engine.waiting < engine.limits.queue or (not engine.running and engine.state == READY):
+            # Half of the queue is left to others. What an engine refuses it counts as a client that was turned away.
+            if 2 * engine.waiting < engine.limits.queue or (not engine.running and engine.state == READY):
                 with contextlib.suppress(Busy):
                     return self._begin(index, request)
             await asyncio.sleep(_PAUSE)
