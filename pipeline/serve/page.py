@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from starlette.requests import Request  # noqa: TC002
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 

@@ -290,9 +290,9 @@ class ChatRequest(Sampled):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
         None,
-        description="`none` is `enable_thinking: false`, any other true. Models are not trained for degrees: `minimal`, "
-        "`low` and `medium` end the thoughts after 256, 1024 and 8192 tokens (or half of the answer's room, if that is "
-        "less), unless there is a `thinking_budget`; `high` and `xhigh` do not end them.",
+        description="`none` is `enable_thinking: false`, any other true. Models are not trained for degrees, but "
+        "`minimal`, `low` and `medium` end the thoughts after 256, 1024 and 8192 tokens (or half of the answer's room, "
+        "if that is less), unless there is a `thinking_budget`; `high` and `xhigh` do not end them.",
     )
     enable_thinking: bool | None = Field(None, description="For models that can think or not. Not of OpenAI.")
     thinking_budget: Annotated[int, Field(ge=1, lt=_TOKENS)] | None = Field(
