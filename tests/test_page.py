@@ -594,6 +594,10 @@ def test_a_conversation_with_the_server(chromium: browser.Browser, served: str) 
     assert re.search(r"\d+ tokens?.*first token after .* s.*prompt \d+ tokens", figures)
     assert HOSTILE in chromium.evaluate("document.querySelector('.user .plain').textContent")
     first = chromium.evaluate("document.querySelector('.assistant .text').textContent")
+    copy = ".user [data-act=copy]"
+    chromium.click(copy)
+    chromium.wait(f"document.querySelector('{copy}').textContent !== 'Copy'")
+    assert chromium.evaluate(f"document.querySelector('{copy}').textContent") == "Copied"
     chromium.evaluate("document.querySelector('[data-act=again]').click()")
     chromium.wait(f"{DONE} && document.querySelector('.figures').textContent")
     assert chromium.evaluate("document.querySelectorAll('.turn').length") == 2
