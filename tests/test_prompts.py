@@ -237,7 +237,7 @@ def test_a_prompt_that_does_not_fit_names_both_numbers(plain: Model) -> None:
                     "json_schema": {"name": "x", "schema": {"$ref": "http://a/b"}},
                 }
             },
-            "response_format",
+            "response_format.json_schema.schema",
         ),
         ({"logit_bias": {"512": 1}}, "logit_bias"),
         ({"logit_bias": {"-1": 1}}, "logit_bias"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -222,10 +223,12 @@ def _check_limit(asked: BaseModel, most: int) -> None:
 
 def _add_models(app: FastAPI, models: Models) -> None:
     async def cards(request: Request) -> Response:  # noqa: ARG001
-        return Response(tokens.cards(models).model_dump_json(), media_type="application/json")
+        return Response(
+            (await asyncio.to_thread(tokens.cards, models)).model_dump_json(), media_type="application/json"
+        )
 
     async def card(request: Request) -> Response:
-        found = tokens.card(models, request.path_params["model"])
+        found = await asyncio.to_thread(tokens.card, models, request.path_params["model"])
         return Response(found.model_dump_json(), media_type="application/json")
 
     _add(app, "GET", "/v1/models", cards, types.ModelList, _responses(None))

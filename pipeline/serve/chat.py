@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from pipeline.serve import answers, prompts, tool_calls
 from pipeline.serve.answers import ChatAnswer
+from pipeline.serve.events import Prefilled
 from pipeline.serve.models import Model, Models
 from pipeline.serve.prompts import Asked
 from pipeline.serve.protocol import ChatChunk, ChatCompletion, ChatRequest, ChunkChoice, Usage
@@ -66,21 +67,28 @@ async def complete(models: Models, request: ChatRequest, client: str = "") -> Ch
 
 
 async def stream(models: Models, request: ChatRequest, client: str = "") -> Chunks[ChatChunk]:
-    """The answer in chunks; what can be refused is refused before there is one, and raises as `complete` does."""
+    """The answer in chunks, once the model has begun with it.
+
+    What can be refused is refused before there is one, and raises as `complete` does.
+    """
     model, asked = await _asked(models, request)
     head, made = _Head(request.model, answers.fingerprint(model.manifest)), _answers(model, request, asked)
     counted = request.stream_options is not None and bool(request.stream_options.include_usage)
 
     async def chunks(run: Run) -> AsyncGenerator[ChatChunk, None]:
-        for answer in made:
-            yield head.chunk(answer.begin())
+        begun = False
         async for index, event in run:
+            # Who speaks is told with the first token: until then an answer can still be refused.
+            if not begun and not isinstance(event, Prefilled):
+                begun = True
+                for answer in made:
+                    yield head.chunk(answer.begin())
             if choice := made[index].push(event):
                 yield head.chunk(choice)
         if counted:
             yield head.chunk(usage=answers.usage([[answer.counts for answer in made]]))
 
-    return Chunks(Run(model.engine, prompts.choices(asked.request, len(made)), client), chunks)
+    return Chunks(await Run(model.engine, prompts.choices(asked.request, len(made)), client).open(), chunks)
 
 
 async def _asked(models: Models, request: ChatRequest) -> tuple[Model, Asked]:

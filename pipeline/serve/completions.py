@@ -76,7 +76,7 @@ async def complete(models: Models, request: CompletionRequest, client: str = "")
 
 
 async def stream(models: Models, request: CompletionRequest, client: str = "") -> Chunks[Completion]:
-    """The answers in chunks; what can be refused is refused before there is one."""
+    """The answers in chunks, once the model has begun with one; what can be refused is refused before."""
     batch = await _batch(models, request)
     counted = request.stream_options is not None and bool(request.stream_options.include_usage)
 
@@ -87,7 +87,7 @@ async def stream(models: Models, request: CompletionRequest, client: str = "") -
         if counted:
             yield batch.completion([], batch.usage)
 
-    return Chunks(batch.run(client), chunks)
+    return Chunks(await batch.run(client).open(), chunks)
 
 
 async def _batch(models: Models, request: CompletionRequest) -> _Batch:

@@ -53,14 +53,14 @@ def templated(messages: Sequence[protocol.Message], sees: bool) -> tuple[list[di
     return _in_order(found), tuple(pictures)
 
 
-def _text(content: str | Sequence[Any]) -> str:
+def _text(content: str | list[Any]) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
 
 
 def _content(
-    content: str | Sequence[TextPart | ImagePart], where: str, sees: bool, pictures: list[bytes]
+    content: str | list[TextPart] | list[TextPart | ImagePart], where: str, sees: bool, pictures: list[bytes]
 ) -> str | list[dict[str, str]]:
     if isinstance(content, str) or all(isinstance(part, TextPart) for part in content):
         return _text(content)

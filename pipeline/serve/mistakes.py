@@ -95,7 +95,7 @@ def _place(error: Mapping[str, Any], data: Any) -> Place:
             tagged = True
         elif (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int)):
             place.append(step)
-            data, tagged = data[step], False  # type: ignore[index]
+            data, tagged = data[step], False
         elif last and error["type"] in {"missing", "extra_forbidden"}:
             place.append(step)
     return tuple(place)

@@ -189,9 +189,15 @@ def _tools(model: Model, request: ChatRequest) -> list[Tool]:
         raise Refused("a tool is to be called, and there are none", fix="give `tools`", parameter="tool_choice")
     if choice == "none" or not tools:
         return []
-    if not (tool_calls.form_of(model.tokenizer.template) and takes(model.tokenizer.template, "tools")):
+    if not calls_tools(model):
         raise Unsupported("the model calls no tools", why="its chat template has no place for them", parameter="tools")
     return tools
+
+
+def calls_tools(model: Model) -> bool:
+    """Whether a model can be told of tools, and writes its calls in a form that is known."""
+    template = model.tokenizer.template
+    return bool(tool_calls.form_of(template)) and takes(template, "tools")
 
 
 def _grammar(model: Model, request: ChatRequest, tools: Sequence[Tool]) -> str:
@@ -283,13 +289,13 @@ def _sampling(model: Model, request: Sampled) -> Sampling:
 
     def chosen(name: str, otherwise: float) -> float:
         given = getattr(request, name)
-        return search.get(name, otherwise) if given is None else given
+        return float(search.get(name, otherwise) if given is None else given)
 
     return Sampling(
-        temperature=float(chosen("temperature", 1.0)),
+        temperature=chosen("temperature", 1.0),
         top_k=int(chosen("top_k", 0)),
-        top_p=float(chosen("top_p", 1.0)),
-        min_p=float(chosen("min_p", 0.0)),
+        top_p=chosen("top_p", 1.0),
+        min_p=chosen("min_p", 0.0),
         seed=None if request.seed is None else request.seed % _SEEDS,
         repetition_penalty=request.repetition_penalty,
         presence_penalty=request.presence_penalty or 0.0,

@@ -289,7 +289,10 @@ class ChatRequest(Sampled):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
-        None, description="`none` is `enable_thinking: false`, any other true: models know no degrees of it."
+        None,
+        description="`none` is `enable_thinking: false`, any other true. Models are not trained for degrees, but "
+        "`minimal`, `low` and `medium` end the thoughts after 256, 1024 and 8192 tokens (or half of the answer's room, "
+        "if that is less), unless there is a `thinking_budget`; `high` and `xhigh` do not end them.",
     )
     enable_thinking: bool | None = Field(None, description="For models that can think or not. Not of OpenAI.")
     thinking_budget: Annotated[int, Field(ge=1, lt=_TOKENS)] | None = Field(
@@ -619,8 +622,14 @@ class Detokenized(Answer):
     prompt: str
 
 
+Capability = Literal["chat", "completion", "thinking", "tools", "vision", "embeddings", "rerank"]
+
+
 class ModelCard(Answer):
-    """A model that is served; of an adapter ``parent`` is the model it belongs to."""
+    """A model that is served; of an adapter ``parent`` is the model it belongs to.
+
+    ``context_length`` and vLLM's ``max_model_len`` are one number: tokens of a prompt and its answer.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -628,7 +637,9 @@ class ModelCard(Answer):
     owned_by: str = "qwen-onnx"
     root: str
     parent: str | None = None
+    context_length: int
     max_model_len: int
+    capabilities: list[Capability]
     task: Literal["generate", "embed", "rerank"]
     sees: bool
     state: str

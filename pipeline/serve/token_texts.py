@@ -12,19 +12,21 @@ class TokenTexts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer.trusted
         # Added tokens stand for themselves; the others are written in the characters of byte-level BPE.
-        self._added = {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self._added: dict[int, str] = {
+            number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes of a token; none of an id that the vocabulary leaves out."""
         if token in self._added:
             return self._added[token].encode()
-        written = self._tokenizer.id_to_token(token)
+        written: str | None = self._tokenizer.id_to_token(token)
         if written is None:
             return b""
         try:
             return byte_level.read(written)
         except KeyError:  # a tokenizer that is not byte-level writes its tokens as they are
-            return str(written).encode()
+            return written.encode()
 
     def text_of(self, token: int) -> str:
         """The text of a token, with a mark in place of bytes that are no character by themselves."""

@@ -6,9 +6,18 @@ import asyncio
 
 from pipeline.serve import conversations, prompts
 from pipeline.serve.models import Model, Models
-from pipeline.serve.protocol import Detokenized, DetokenizeRequest, ModelCard, ModelList, Tokenized, TokenizeRequest
+from pipeline.serve.protocol import (
+    Capability,
+    Detokenized,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    Tokenized,
+    TokenizeRequest,
+)
 from pipeline.serve.refusals import Refused, UnknownModel
 from pipeline.serve.token_texts import TokenTexts
+from pipeline.task import EMBED
 
 
 async def tokenize(models: Models, request: TokenizeRequest) -> Tokenized:
@@ -51,11 +60,26 @@ def _card(model: Model, name: str) -> ModelCard:
         created=model.created,
         root=model.name,
         parent=None if name == model.name else model.name,
+        context_length=model.context_length,
         max_model_len=model.context_length,
-        task=model.task,  # type: ignore[arg-type]
+        capabilities=_capabilities(model),
+        task=model.task,
         sees=model.sees,
         state=model.engine.state,
     )
+
+
+def _capabilities(model: Model) -> list[Capability]:
+    if not model.generates:
+        return ["embeddings"] if model.task == EMBED else ["rerank"]
+    found: list[Capability] = ["chat", "completion"]
+    if model.thinks:
+        found.append("thinking")
+    if prompts.calls_tools(model):
+        found.append("tools")
+    if model.sees:
+        found.append("vision")
+    return found
 
 
 def _find(models: Models, name: str | None) -> Model:
