@@ -310,6 +310,7 @@ async def test(options: argparse.Namespace) -> dict[str, Any]:
         references = [answer.text for answer in alone]
         if len(set(references)) < 2:
             raise Unusable("all prompts get the same answer, so that nobody would see a mixed one; ask for more tokens")
+        load.stop = time.monotonic() + options.seconds
         samples: list[dict[str, float]] = []
         watching = asyncio.create_task(watch(load, samples))
         begin = time.perf_counter()
@@ -430,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         check_url(options.url, options.anywhere)
-        report = asyncio.run(asyncio.wait_for(test(options), 2 * options.seconds + 2 * options.timeout))
+        report = asyncio.run(asyncio.wait_for(test(options), 3 * options.seconds + 2 * options.timeout))
     except (Unusable, OSError, TimeoutError) as error:
         print(f"error: {error or 'the time is over, and answers are still to come'}", file=sys.stderr)
         return 2
