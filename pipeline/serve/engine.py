@@ -77,6 +77,7 @@ class _Job:
     client: str
     message: dict[str, Any]
     asked: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
     events: asyncio.Queue[Event | dict[str, Any] | Exception] = field(default_factory=asyncio.Queue)
     running: bool = False
     over: bool = False
@@ -282,7 +283,7 @@ class Engine:
             self._lines.move_to_end(client)
             if not line:
                 del self._lines[client]
-            job.running = True
+            job.running, job.begun = True, time.monotonic()
             self._running[job.number] = job
             self._spoke = time.monotonic()
             self._send(job.message)
@@ -380,7 +381,7 @@ class Engine:
         elif isinstance(event, End):
             self.counts.prompt_tokens += event.prompt
             self.counts.cached_tokens += event.cached
-            self._took.append(now - job.asked)
+            self._took.append(now - job.begun)
             self.observe(Told("end", now - job.asked))
 
     def _finish(self, job: _Job, error: Exception | None = None) -> None:
