@@ -162,6 +162,19 @@ def test_every_field_of_openais_is_taken_or_refused() -> None:
     assert theirs <= set(ResponseRequest.model_fields) | set(ResponseRequest.refused)
 
 
+def test_the_schema_of_a_request_is_one_of_openapis() -> None:
+    def mappings(value: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(value, dict):
+            yield from ([value["discriminator"]["mapping"]] if "discriminator" in value else [])
+            value = list(value.values())
+        for item in value if isinstance(value, list) else []:
+            yield from mappings(item)
+
+    found = list(mappings(ResponseRequest.model_json_schema()))
+    assert found
+    assert all(isinstance(place, str) for mapping in found for place in mapping.values())
+
+
 def test_items_become_messages() -> None:
     request = asked(
         instructions="Be brief.",

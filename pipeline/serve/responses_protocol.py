@@ -234,8 +234,16 @@ class StreamOptions(Part):
     include_obfuscation: Literal[False] | None = None
 
 
+def _told_by_fields(schema: dict[str, Any]) -> None:
+    """Items are told apart by type, and messages by role; OpenAPI has no words for one inside the other."""
+    for form in schema["properties"]["input"]["anyOf"]:
+        form.get("items", {}).pop("discriminator", None)
+
+
 class ResponseRequest(Given):
     """`POST /v1/responses`."""
+
+    model_config = ConfigDict(json_schema_extra=_told_by_fields)
 
     refused: ClassVar[dict[str, str]] = {
         "previous_response_id": _NOWHERE,
