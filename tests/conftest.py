@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from builds import Project
 
 # Threads that wait do not spin: tests may share their cores, and spinning ones then take a hundred times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -53,3 +57,17 @@ def tiny_package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.Te
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(checkpoint / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[..., Path]) -> Callable[..., Project]:
+    """Maker of a project that has been built, ``(model_type, exporter)``, each once; do not write into it."""
+    import builds
+
+    @cache
+    def made(model_type: str = "qwen2", exporter: str = "genai") -> Project:
+        project = builds.new_project(tmp_path_factory.mktemp("built"), checkpoint_of(model_type), exporter)
+        assert builds.stages(builds.build(project), "done") == builds.STAGES
+        return project
+
+    return made
