@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -71,3 +71,15 @@ def built(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[...,
         return project
 
     return made
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the robustness table as far as it was run: case, expected, observed."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    reports = [report for report in reports if report.when == "call" and report.user_properties]
+    if reports:
+        import robustness
+
+        terminalreporter.section("robustness")
+        for line in robustness.summary(robustness.observed_rows(reports)):
+            terminalreporter.line(line)
