@@ -1,4 +1,4 @@
-"""The robustness table, and its page in the docs: ``python tests/robustness.py --write`` runs all cases and writes it."""
+"""The robustness table; ``python tests/robustness.py --write`` runs all cases and writes its page in the docs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Row = tuple[int, str, str, str]
 _INTRODUCTION = """\
 # Robustness
 
-What was done to the program, what it should do, and what it did. Written by `python tests/robustness.py --write`, which runs every
-case against the real commands, stages and server on tiny models; `pytest tests/test_robustness.py` runs them again and
-compares. `exit N` is the exit code, as the README lists them; what stands before a colon is expected, what follows is the
-reason that the program gave. Codes of packages are those of [verify.md](verify.md).
+What was done to the program, what it should do, and what it did. Written by `python tests/robustness.py --write`, which
+runs every case against the real commands, stages and server on tiny models; `pytest tests/test_robustness.py` runs them
+again and compares. `exit N` is the exit code, as the README lists them; what stands before a colon is expected, what
+follows is the reason that the program gave. Codes of packages are those of [verify.md](verify.md).
 
 """
 

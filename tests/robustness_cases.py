@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from builds import Project
 from test_server import KEY, Server, key, serving
 
 from pipeline.errors import QwenOnnxError
 from pipeline.serve import security
+
+if TYPE_CHECKING:
+    from builds import Project
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Bench:
     def server(self) -> Server:
         """The one server of the tiny model, which asks for a key; started again after a case that stopped it."""
         if self.running is None or self.running.process.poll() is not None:
-            options = ("--max-body", "1MB", "--queue", "2", "--parallel", "2", "--write-seconds", "1")
+            options = ("--max-body", "1MB", "--queue", "8", "--parallel", "2", "--write-seconds", "1")
             context = serving(self.part("tiny_package"), *options, environment={security.VARIABLE: f"one:{KEY}"})
             self.running = self.stack.enter_context(context)
             self.running.headers = key()

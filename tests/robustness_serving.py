@@ -254,7 +254,7 @@ SERVING = [
     Case(28, "half-closed socket", _FREED, _LEAVE, gone(True, "half-closes")),
     Case(28, "client that reads nothing", _FREED, _LEAVE, gone(True, "reads nothing")),
     Case(
-        *(29, "24 requests against 2 slots and a queue of 2", "HTTP 200 or 503, with Retry-After, afterwards 200"),
+        *(29, "24 requests of 4 answers against a queue of 8", "HTTP 200 or 503, with Retry-After, afterwards 200"),
         *(_SERVE, full_queue),
     ),
     Case(
