@@ -85,7 +85,8 @@ def main() -> int:
     options = parser.parse_args()
     recorder = _Recorder()
     test = f"{Path(__file__).with_name('test_robustness.py')}::test_the_table"
-    code = int(pytest.main([test, "-q"], plugins=[recorder]))
+    quiet = ("-q", "-W", "ignore::pytest.PytestAssertRewriteWarning")  # some modules are imported here already
+    code = int(pytest.main([test, *quiet], plugins=[recorder]))
     rows = observed_rows(recorder.reports)
     if code or len(rows) != len(TABLE):
         print(f"the page stays as it was: {len(rows)} of {len(TABLE)} cases ran, pytest ended with {code}")
