@@ -170,7 +170,8 @@ def stopped(bench: Bench) -> str:
 def dead_model(bench: Bench) -> str:
     """SIGKILL of the process that has the model, while it answers."""
     server = bench.server()
-    (worker,) = psutil.Process(server.process.pid).children()
+    children = psutil.Process(server.process.pid).children()
+    (worker,) = (child for child in children if "pipeline.serve.worker" in child.cmdline())  # others render templates
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.post, CHAT, server.chat(n=8, **LONG))
         need(eventually(lambda: server.metric("qwen_onnx_running") > 0, 10), "the answer has begun")
