@@ -29,7 +29,6 @@ def test_the_table(case: Case, bench: Bench, record_property: Callable[[str, obj
 def test_the_page_has_the_cases_of_the_table() -> None:
     published = [row[:3] for row in robustness.published()]
     assert published == [(str(case.row), case.case, case.expected) for case in robustness.TABLE]
-    assert all(as_expected(expected, observed) for _, _, expected, observed in robustness.published())
 
 
 def test_no_row_is_left_out() -> None:
