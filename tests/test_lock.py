@@ -47,7 +47,7 @@ checkpoint:
 """
 
 
-def _recipe(folder: Path, text: str, rest: str = REST) -> Path:
+def write_recipe(folder: Path, text: str, rest: str = REST) -> Path:
     path = folder / "m" / "cpu.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text + rest)
@@ -80,14 +80,14 @@ def _lock(**more: Any) -> Lock:
     ids=["block", "commented", "flow", "what is there"],
 )
 def test_a_lock_changes_its_own_values_and_nothing_else(tmp_path: Path, text: str, expected: str) -> None:
-    path = _recipe(tmp_path, text)
+    path = write_recipe(tmp_path, text)
     assert lock.write(recipe.load(path), [_lock()]) == [path]
     assert path.read_text() == expected + REST
     assert lock.unlocked(recipe.load(path).recipe.checkpoint) == []
 
 
 def test_a_lock_goes_where_the_source_stands(tmp_path: Path) -> None:
-    path = _recipe(tmp_path, "extends: _model.yaml\n")
+    path = write_recipe(tmp_path, "extends: _model.yaml\n")
     (path.parent / "_model.yaml").write_text(BLOCK)
     assert lock.write(recipe.load(path), [_lock()]) == [path.parent / "_model.yaml"]
     assert path.read_text() == "extends: _model.yaml\n" + REST
@@ -96,7 +96,7 @@ def test_a_lock_goes_where_the_source_stands(tmp_path: Path) -> None:
 
 
 def test_digits_that_yaml_would_read_as_a_number_are_quoted(tmp_path: Path) -> None:
-    path = _recipe(tmp_path, BLOCK)
+    path = write_recipe(tmp_path, BLOCK)
     number = "1" * 38 + "e5"
     lock.write(recipe.load(path), [_lock(commit=number)])
     assert f'revision: "{number}"' in path.read_text()
@@ -104,7 +104,7 @@ def test_digits_that_yaml_would_read_as_a_number_are_quoted(tmp_path: Path) -> N
 
 def test_a_recipe_that_cannot_be_edited_stays_as_it_was(tmp_path: Path) -> None:
     """A digest in the recipe itself wins over one that is written where the sources stand; here both are known."""
-    path = _recipe(tmp_path, f"extends: _model.yaml\ncheckpoint: {{sha256: {'cd' * 32}}}\n")
+    path = write_recipe(tmp_path, f"extends: _model.yaml\ncheckpoint: {{sha256: {'cd' * 32}}}\n")
     (path.parent / "_model.yaml").write_text(BLOCK)
     changed = lock.write(recipe.load(path), [_lock()])
     assert sorted(changed) == sorted([path, path.parent / "_model.yaml"])
@@ -114,7 +114,7 @@ def test_a_recipe_that_cannot_be_edited_stays_as_it_was(tmp_path: Path) -> None:
 def test_an_unlocked_recipe_is_refused_by_a_plan_and_where_locks_are_demanded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = recipe.load(_recipe(tmp_path, BLOCK))
+    loaded = recipe.load(write_recipe(tmp_path, BLOCK))
     with pytest.raises(RecipeError, match="the recipe is not locked") as caught:
         plan.make(loaded)
     assert caught.value.fix == f"qwen-onnx lock {loaded.path}"
@@ -127,14 +127,14 @@ def test_an_unlocked_recipe_is_refused_by_a_plan_and_where_locks_are_demanded(
 
 
 def test_a_locked_recipe_is_left_alone(tmp_path: Path) -> None:
-    loaded = recipe.load(_recipe(tmp_path, BLOCK.replace("revision: main", SHOWN)))
+    loaded = recipe.load(write_recipe(tmp_path, BLOCK.replace("revision: main", SHOWN)))
     assert lock.pinned(loaded, True, print) is loaded
 
 
 @pytest.mark.parametrize("revision", ["0123456789abcdef", "0123456789ABCDEF0123456789ABCDEF01234567", f"{COMMIT}0"])
 def test_half_a_commit_is_no_branch(tmp_path: Path, revision: str) -> None:
     with pytest.raises(RecipeError, match="should be a whole commit"):
-        recipe.load(_recipe(tmp_path, BLOCK.replace("main", f'"{revision}"')))
+        recipe.load(write_recipe(tmp_path, BLOCK.replace("main", f'"{revision}"')))
 
 
 FILES = {"config.json": b"{}", "tokenizer.json": b'{"model": 1}', "README.md": b"words", "onnx/model.json": b"x"}
@@ -151,7 +151,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.mark.slow
 def test_a_repository_is_locked_without_its_weights(hub: Hub, tmp_path: Path) -> None:
-    path = _recipe(tmp_path, BLOCK)
+    path = write_recipe(tmp_path, BLOCK)
     done = hub.run(tmp_path / "home", "lock", str(path), "--json")
     assert done.returncode == 0, done.stderr
     (told,) = json.loads(done.stdout)["locks"]
@@ -175,7 +175,7 @@ def test_a_repository_is_locked_without_its_weights(hub: Hub, tmp_path: Path) ->
 def test_a_file_is_locked_and_its_digest_refuses_what_comes_later(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"model.gguf": b"GGUF one"}
     text = BLOCK.replace("revision: main", "file: model.gguf\n      revision: main")
-    path = _recipe(tmp_path, text)
+    path = write_recipe(tmp_path, text)
     assert hub.run(tmp_path / "home", "lock", str(path)).returncode == 0
     first = hashlib.sha256(b"GGUF one").hexdigest()
     assert recipe.load(path).recipe.checkpoint.sha256 == first
@@ -194,7 +194,7 @@ def test_a_file_is_locked_and_its_digest_refuses_what_comes_later(hub: Hub, tmp_
 def test_outside_ci_a_branch_is_resolved_with_a_warning_and_gives_the_plan_of_the_lock(
     hub: Hub, tmp_path: Path
 ) -> None:
-    path = _recipe(tmp_path, BLOCK)
+    path = write_recipe(tmp_path, BLOCK)
     arguments = ("plan", str(path), "--json", "--store", str(tmp_path / "store"))
     warned = hub.run(tmp_path / "home", *arguments)
     assert f"warning: owner/name at main is commit {COMMIT} now" in warned.stderr, warned.stderr
@@ -235,7 +235,7 @@ def test_what_cannot_be_locked_is_told_and_the_recipe_stays(
     elif case == "no branch":
         source = BLOCK.replace("main", "other")
     hub.gated = case == "gated"
-    path = _recipe(tmp_path, source)
+    path = write_recipe(tmp_path, source)
     done = hub.run(tmp_path / "home", "lock", str(path))
     assert done.returncode == code, done.stderr
     assert text in done.stderr

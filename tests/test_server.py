@@ -41,19 +41,20 @@ class Server:
     url: str
     model: str
     lines: list[str] = field(default_factory=list)
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, **{"headers": self.headers, **options})
 
     def chat(self, **more: Any) -> dict[str, Any]:
         return {"model": self.model, "messages": ASKED, "max_tokens": 8, "temperature": 0, **more}
 
     def metric(self, name: str) -> float:
-        text = httpx.get(self.url + "/metrics", timeout=60).text
+        text = httpx.get(self.url + "/metrics", headers=self.headers, timeout=60).text
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
 
     def calm(self, seconds: float = 20) -> bool:
@@ -342,14 +343,15 @@ def test_logs_have_ids_and_no_contents(tiny_package: Path) -> None:
 # Clients that leave, wait, or are many
 
 
-def _asking(server: Server, body: dict[str, Any]) -> socket.socket:
+def asking(server: Server, body: dict[str, Any]) -> socket.socket:
     """A request that was sent, of whose answer nothing has been read."""
     data = json.dumps(body).encode()
     made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     made.settimeout(30)
     made.connect(("127.0.0.1", server.port))
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    lines = ["POST /v1/chat/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
+    head = "".join(f"{line}\r\n" for line in (*lines, *map(": ".join, server.headers.items())))
     made.sendall(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
     return made
 
@@ -362,7 +364,7 @@ LONG = {"max_tokens": 400, "logit_bias": {"509": -100, "510": -100, "511": -100}
 @pytest.mark.parametrize("half", [True, False])
 def test_a_client_that_has_gone_frees_its_place(server: Server, stream: bool, half: bool) -> None:
     before = server.metric("qwen_onnx_model_cancelled_total")
-    with _asking(server, server.chat(stream=stream, n=8, **LONG)) as made:
+    with asking(server, server.chat(stream=stream, n=8, **LONG)) as made:
         assert eventually(lambda: server.metric("qwen_onnx_running") > 0, 10)
         if half:
             made.shutdown(socket.SHUT_WR)
@@ -377,7 +379,7 @@ def test_a_client_that_has_gone_frees_its_place(server: Server, stream: bool, ha
 def test_a_client_that_reads_nothing_is_cut_off(tiny_package: Path) -> None:
     with serving(tiny_package, "--write-seconds", "1") as started:
         asked = started.chat(stream=True, n=8, logprobs=True, top_logprobs=20, **LONG)
-        with _asking(started, asked):
+        with asking(started, asked):
             assert eventually(lambda: started.metric("qwen_onnx_running") > 0, 10)
             assert started.calm(30)
         assert started.metric("qwen_onnx_model_cancelled_total") > 0
@@ -449,14 +451,14 @@ def test_a_stop_lets_streams_end_and_exits_with_0(tiny_package: Path) -> None:
             reading = pool.submit(read)
             assert begun.wait(30)
             started.process.send_signal(signal.SIGTERM)
-            assert eventually(lambda: not _reachable(started.port), 5)
+            assert eventually(lambda: not reachable(started.port), 5)
             text = reading.result(60)
         assert text.rstrip().endswith("data: [DONE]")
         assert '"finish_reason":"' in text
         assert started.process.wait(30) == 0
 
 
-def _reachable(number: int) -> bool:
+def reachable(number: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", number), timeout=2):
         return True
     return False

@@ -40,7 +40,7 @@ def _child(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def _holder(root: Path, key: str) -> subprocess.Popen[str]:
+def holder_of(root: Path, key: str) -> subprocess.Popen[str]:
     """Another process that holds a key's lock and has a workspace, until its input ends."""
     script = "from pipeline.artifact import Step, Estimate\nstep = Step('export', key, {}, (), {}, Estimate(0, 0, 0))\n"
     script += "with store.lock(key), store.workspace(step) as files:\n"
@@ -118,7 +118,7 @@ def test_a_failed_step_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_build_frees_its_lock_and_its_workspace_is_cleared(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    holder = _holder(tmp_path, _KEY)
+    holder = holder_of(tmp_path, _KEY)
     holder.send_signal(signal.SIGKILL)
     holder.communicate(timeout=60)
     assert len(list((tmp_path / "tmp").iterdir())) == 1  # it had no time to clean up
@@ -148,7 +148,7 @@ for turn in range(20):
 
 def test_who_waits_for_a_lock_is_told_once_and_other_keys_are_free(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    holder = _holder(tmp_path, _KEY)
+    holder = holder_of(tmp_path, _KEY)
     told: list[str] = []
 
     def waiting() -> None:
@@ -173,7 +173,7 @@ def test_collect_removes_what_is_not_kept_and_leaves_running_builds_alone(tmp_pa
     for name in ("downloads/a.gguf", "downloads/wheels", f"logs/export-{'b' * 16}.log", f"logs/export-{'c' * 16}.log"):
         (tmp_path / name).write_text("1234")
     (tmp_path / "tmp" / f"{_OTHER}.1234").mkdir()
-    holder = _holder(tmp_path, "c" * 64)
+    holder = holder_of(tmp_path, "c" * 64)
     freed = store.collect({kept.key})
     assert store.get("export", _KEY) == kept
     assert store.get("export", "c" * 64) == running

@@ -54,7 +54,11 @@ TOLD = {
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    folder = tmp_path / "package"
+    return write_package(tmp_path / "package")
+
+
+def write_package(folder: Path) -> Path:
+    """A package that tells when it is loaded; nothing of it is signed."""
     folder.mkdir()
     (folder / "model.onnx").write_bytes(model(external("w", **GOOD)).SerializeToString())
     (folder / "model.onnx.data").write_bytes(bytes(range(64)))
@@ -284,7 +288,7 @@ REJECTED: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
 }
 
 
-def _sign_anything(folder: Path, private: Path) -> None:
+def sign_anything(folder: Path, private: Path) -> None:
     """Sign as model-signing does, which looks at nothing."""
     (folder / PROVENANCE).unlink()
     signing._model_signing(folder, private, None, folder / SIGNATURE)
@@ -296,7 +300,7 @@ def test_what_is_wrong_is_named_and_nothing_is_loaded(case: str, signed: Path, p
     tamper, again, code = REJECTED[case]
     tamper(signed)
     if again:
-        _sign_anything(signed, pair[0])
+        sign_anything(signed, pair[0])
     exit_code, report = script(signed, "--key", str(pair[1]), "--replay")
     assert exit_code == 9, report
     assert not report["passed"]

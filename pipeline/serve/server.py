@@ -147,7 +147,7 @@ async def _serve(setup: Setup, models: Models, bound: socket.socket, tell: Tell)
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=75,  # longer than clients keep theirs: else one could ask on a connection that is being closed
+        timeout_keep_alive=75,  # longer than clients keep theirs: none asks on one that is being closed
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     server = _Server(config)
