@@ -32,7 +32,7 @@ def template(case: str) -> Callable[[Bench], str]:
         messages = [{"role": "user", "content": "hi"}]
         code, reason = refusal(lambda: chat.render(test_chat.HOSTILE[case], messages))
         seconds = time.monotonic() - begun
-        return told(code, reason, Path("/"), "within 20 s") if seconds < 20 else f"it took {seconds:.0f} s"
+        return told(code, reason, Path("/"), "within 60 s") if seconds < 60 else f"it took {seconds:.0f} s"
 
     return run
 
@@ -210,7 +210,7 @@ _FREED = "slot freed within 20 s, answer given up, next request HTTP 200"
 
 SERVING = [
     *(
-        Case(25, f"chat template: {case}", "exit 2, within 20 s", _RENDER, template(name))
+        Case(25, f"chat template: {case}", "exit 2, within 60 s", _RENDER, template(name))
         for case, name in {
             "`__class__`": "attributes of the interpreter",
             "`__globals__`": "the globals of a function",
