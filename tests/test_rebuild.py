@@ -161,7 +161,7 @@ def test_a_package_comes_out_the_same_in_another_folder_and_on_another_day(
 
     shutil.copytree(checkpoint, second / "moved")
     shutil.rmtree(first / "store")
-    elsewhere = {**ELSEWHERE, "TMPDIR": str(second / "tmp"), "HOME": str(second)}
+    elsewhere = {**ELSEWHERE, "TMPDIR": str(second / "tmp"), "HOME": str(second / "tmp")}
     command = ["rebuild", str(package), "--checkpoint", "moved", "--out", "again", "--json"]
     code, out = _run(*command, cwd=second, umask=0o077, threads="2", environment=elsewhere)
     assert code == 0, out
