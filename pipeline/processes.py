@@ -73,7 +73,7 @@ def prepare() -> None:
 
 
 def _forks() -> bool:
-    """Whether there can be a fork server: its socket is in the folder of temporary files, at a path of limited length."""
+    """Whether there can be a fork server: its socket lies among temporary files, at a path of limited length."""
     folder = len(os.fsencode(tempfile.gettempdir()))
     return "forkserver" in multiprocessing.get_all_start_methods() and folder <= _LONGEST
 
