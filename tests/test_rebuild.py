@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import cli, digest, plan, rebuild
+from pipeline import cli, digest, package_files, plan, rebuild
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, Manifest, read_manifest
 from pipeline.errors import CheckpointError, RuntimeMissing, UsageError
 
@@ -132,11 +132,8 @@ def _reseal(package: Path, **recipe: Any) -> None:
     data = dict(read_manifest(package).data)
     data["recipe"] = {**data["recipe"], **recipe}
     (package / MANIFEST).write_text(json.dumps(data))
-    rows = (package / CHECKSUMS).read_text().splitlines()
-    rows = [row for row in rows if not row.endswith(MANIFEST)]
-    (package / CHECKSUMS).write_text(
-        "\n".join(sorted([*rows, f"{digest.of_file(package / MANIFEST)}  {MANIFEST}"])) + "\n"
-    )
+    sums = {name: entry["sha256"] for name, entry in data["files"].items()}
+    (package / CHECKSUMS).write_bytes(package_files.checksums({**sums, MANIFEST: digest.of_file(package / MANIFEST)}))
 
 
 @pytest.mark.slow
