@@ -7,13 +7,16 @@ MODEL ?= qwen2.5-coder-0.5b-instruct
 SCHEME ?= int4
 PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
 PORT ?= 8000
+# More options of `qwen-onnx build`, such as --junit FILE.
+OPTIONS ?=
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
 LLAMACPP := .venv-llamacpp
+SNAKEMAKE := .venv-snakemake
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) cuda-runtime targets test test-all runtimes samples lint recipes verify serve bench report clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all runtimes samples lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -41,6 +44,13 @@ $(LLAMACPP)/ready: pipeline/data/constraints-llamacpp.txt
 	@CMAKE_ARGS="-DGGML_NATIVE=ON $$CMAKE_ARGS" $(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check --no-binary llama_cpp_python --constraint $< llama_cpp_python
 	@touch $@
 
+$(SNAKEMAKE): $(SNAKEMAKE)/ready
+$(SNAKEMAKE)/ready: pipeline/data/constraints-snakemake.txt
+	@rm -rf $(SNAKEMAKE) && $(PYTHON) -m venv $(SNAKEMAKE)
+	@echo "installing Snakemake into $(SNAKEMAKE) (once)"
+	@$(SNAKEMAKE)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< snakemake snakemake-executor-plugin-slurm
+	@touch $@
+
 cpu: ## build, validate and package $(MODEL) for CPUs, and ask it something
 cuda directml webgpu: ## the same for GPUs; without one it is validated on the processor, and says so
 tensorrt-rtx: ## the same for RTX GPUs
@@ -49,7 +59,7 @@ npu: SCHEME := int8
 openvino: ## the same for Intel NPUs, validated on OpenVINO's device for processors
 openvino: $(if $(QWEN_ONNX_OPENVINO),,$(OPENVINO))
 cpu cuda directml webgpu tensorrt-rtx npu openvino: $(READY)
-	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)'
+	@$(QWEN) build recipes/$(MODEL)/$@-$(SCHEME).yaml --prompt '$(PROMPT)' $(OPTIONS)
 
 targets: $(READY) ## what each target is, and what this machine can do for it
 	@$(QWEN) targets

@@ -20,6 +20,7 @@ from pipeline import (
     retrieval_commands,
     serve_commands,
     trust_commands,
+    workflow_commands,
 )
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 from pipeline.provenance import BUILDER
@@ -66,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
     build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
+    text = "write what the build came to, good or bad, as one JSON object"
+    build.add_argument("--summary", type=Path, metavar="FILE", help=text)
+    text = "write its steps and gates as JUnit's XML, which CI systems show"
+    build.add_argument("--junit", type=Path, metavar="FILE", help=text)
     _locked_option(build)
     _store_option(build)
     _json_option(build)
@@ -91,12 +96,31 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(tune)
     _json_option(tune)
 
+    _workflow_commands(root)
     _model_commands(root)
     _recipe_commands(root)
     _store_commands(root)
     _package_commands(root)
     _format_commands(root)
     return parser
+
+
+def _workflow_commands(root: Any) -> None:
+    text = "write the steps of recipes as a Snakemake workflow, for several machines"
+    workflow = _command(root, "workflow", workflow_commands.workflow, text)
+    workflow.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
+    workflow.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the workflow")
+    text = "folder of packages (default: %(default)s)"
+    workflow.add_argument("--packages", type=Path, default=ARTIFACTS, metavar="DIR", help=text)
+    _store_option(workflow)
+
+    step = _command(root, "step", workflow_commands.step, "make one step of a recipe, from steps that are in the store")
+    step.add_argument("recipe", type=Path)
+    step.add_argument("stage", metavar="STAGE", help="as `qwen-onnx plan` lists them")
+    step.add_argument("--key", default="", help="refuse to make another step than the one of this key")
+    step.add_argument("--out", type=Path, metavar="DIR", help="put the package there as well")
+    _store_option(step)
+    _json_option(step)
 
 
 def _model_commands(root: Any) -> None:
@@ -284,6 +308,8 @@ def _serve_command(root: Any) -> None:
     _provider_option(serve)
     serve.add_argument("--trust", action="store_true", help="load packages without checking them first")
     text = "do not replay the beginning of the golden answers when a model is loaded"
+    lookup = "draft greedy answers (temperature 0) from what was said, and verify many tokens at once"
+    serve.add_argument("--lookup", action="store_true", help=lookup)
     serve.add_argument("--no-self-test", dest="self_test", action="store_false", help=text)
     serve.add_argument("--no-page", dest="page", action="store_false", help="no page at /")
     text = "of the lines on standard error: console or json (default: %(default)s)"

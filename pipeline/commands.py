@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import GateError, QwenOnnxError, UsageError
+from pipeline.errors import GateError, QwenOnnxError, ResourceError, UsageError
 from pipeline.task import GENERATE
 
 if TYPE_CHECKING:
     from pipeline.artifact import Step
     from pipeline.recipe import Loaded
     from pipeline.store import Store
+    from pipeline.summary import Recorder
 
 RECIPES = Path("recipes")
 
@@ -49,21 +50,54 @@ def _open_store(options: argparse.Namespace) -> Store:
 
 
 def build(options: argparse.Namespace) -> int:
+    from pipeline import summary
+
+    recorder = summary.Recorder()
+    try:
+        folder = _build(options, recorder)
+    except QwenOnnxError as error:
+        try:
+            _summarize(options, recorder, None, error)
+        except ResourceError as second:  # what ended the build says more
+            _aside(str(second))
+        raise
+    _summarize(options, recorder, folder)
+    return 0
+
+
+def _summarize(
+    options: argparse.Namespace, recorder: Recorder, folder: Path | None, error: QwenOnnxError | None = None
+) -> None:
+    """Write what a build came to, where that is asked for."""
+    from pipeline import files, summary
+
+    if not (options.summary or options.junit):
+        return
+    name = f"{options.recipe.resolve().parent.name}-{options.recipe.stem}"  # also of a recipe that cannot be read
+    found = recorder.summary(name, folder, error)
+    if options.summary:
+        files.publish(options.summary, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if options.junit:
+        files.publish(options.junit, summary.junit(found))
+
+
+def _build(options: argparse.Namespace, recorder: Recorder) -> Path:
+    """Build and deliver; returns the folder of the package."""
     from pipeline import index, report, runner
 
     loaded, steps = _load(options.recipe, options)
     if options.prompt and loaded.recipe.task != GENERATE:
         raise UsageError(f"a package that can {loaded.recipe.task} answers no --prompt", fix="leave out --prompt")
     store = _open_store(options)
-    reporter = report.reporter(options.json)
+    recorder.reporter = report.reporter(options.json)
     try:
-        artifacts = runner.build(steps, store, reporter)
-        folder = options.out / loaded.name
+        artifacts = runner.build(steps, store, recorder)
+        folder: Path = options.out / loaded.name
         fresh = runner.install(artifacts["package"], folder, store)
         with store.lock("index"):  # else a build that looked before another was done could write after it
             page = index.write(options.out)
     except GateError as error:
-        reporter.close()
+        recorder.close()
         from pipeline import tune
 
         validation = json.loads(Path(error.where).read_bytes())
@@ -73,10 +107,10 @@ def build(options: argparse.Namespace) -> int:
         fix = fix or error.fix
         raise GateError(error.what, where=error.where, why=error.why, fix=fix) from None
     finally:
-        reporter.close()
+        recorder.close()
     if options.json:
         report.Events().emit("package", path=str(folder), fresh=fresh)
-        return 0
+        return folder
     print(report.package(folder))
     if options.prompt and fresh:
         _answer(folder, options.prompt)
@@ -84,7 +118,7 @@ def build(options: argparse.Namespace) -> int:
         print("unchanged since the last build, which has answered already")
     print(report.next_steps(folder))
     print(f"       {page}  all packages side by side, in a browser")
-    return 0
+    return folder
 
 
 def _answer(folder: Path, prompt: str) -> None:

@@ -37,7 +37,13 @@ class Reader:
     def __init__(self, session: Session, length: int) -> None:
         self.session, self.length = session, length
         self.ids: list[int] = []
-        self._generator = start(session, length)
+        self._started: Any = None
+
+    @property
+    def _generator(self) -> Any:
+        if self._started is None:  # its cache takes memory and time
+            self._started = start(self.session, self.length)
+        return self._started
 
     def feed(self, ids: Sequence[int], media: Media | None = None) -> Iterator[int]:
         """Read ``ids`` after what was read before, some at a time: yields how many of them have been.
@@ -60,6 +66,13 @@ class Reader:
             done += size
             yield done
 
+    def append(self, ids: Sequence[int], output: str) -> npt.NDArray[Any]:
+        """Read ``ids`` at once, and return an output of the graph for the last of them, ``[N, V]``."""
+        self._generator.append_tokens(np.asarray(ids, np.int32))
+        self.ids.extend(ids)
+        rows: npt.NDArray[Any] = np.asarray(self._generator.get_output(output))[0]
+        return rows
+
     def logits(self) -> Floats:
         """Logits ``[V]`` of the next token."""
         logits = np.asarray(self._generator.get_logits(), np.float32).reshape(-1)
@@ -76,6 +89,12 @@ class Reader:
             self._generator.set_logits(logits)
             self._generator.generate_next_token()
         self.ids.append(token)
+
+    def grow(self, length: int) -> Iterator[int]:
+        """Make room for ``length`` tokens in all. The runtime cannot: all is read again, and told as by `feed`."""
+        ids, self.ids = self.ids, []
+        self._started, self.length = None, length
+        yield from self.feed(ids)
 
     def rewind(self, count: int) -> None:
         """Forget all but the first ``count`` tokens; the model must be one that `Session.rewinds`."""

@@ -72,6 +72,51 @@ def build(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, 
     return _walk(steps, store, reporter)
 
 
+def make_step(steps: Sequence[Step], stage: str, store: Store, reporter: Reporter) -> Artifact:
+    """Bring the artifact of one step into the store, from inputs that are there already.
+
+    Raises:
+        UsageError: the steps have no such stage, or its inputs are not in the store.
+        GateError: the step is a validation that was refused, or needs one that was.
+        QwenOnnxError: whatever made the step fail.
+    """
+    found = {step.stage: step for step in steps}
+    if stage not in found:
+        raise UsageError(f"the recipe has no step {stage}", why=f"its steps are {', '.join(found)}")
+    step = found[stage]
+    inputs = {name: store.get(name, found[name].key) for name in step.inputs}
+    present = {name: artifact for name, artifact in inputs.items() if artifact}
+    if missing := [name for name in inputs if name not in present]:
+        raise UsageError(
+            f"{stage} cannot run yet: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not in the store",
+            where=", ".join(str(store.root / name / found[name].key) for name in missing),
+            why="a step reads the results of others, and makes none of them",
+            fix=f"run the step {missing[0]} first, or `qwen-onnx build`, which runs all of them",
+        )
+    for artifact in present.values():
+        _accept(artifact)
+    if store.get(stage, step.key) is None:
+        check(need([step], store))
+    try:
+        made = _one(step, present, store, reporter)
+    except _DamagedError as damage:
+        raise StoreError(
+            str(damage),
+            why="its files do not have the digests they were stored with; it has been removed",
+            fix="run that step again, and then this one",
+        ) from None
+    _accept(made)
+    return made
+
+
+def _accept(artifact: Artifact) -> None:
+    """Refuse to go on from a validation that was refused."""
+    if refused := artifact.facts.get("refused"):
+        error = from_dict(refused)
+        error.where = str(artifact.path / VALIDATION)
+        raise error
+
+
 class _DamagedError(Exception):
     """A stored artifact was damaged, and has been removed."""
 
@@ -85,11 +130,7 @@ def _walk(steps: Sequence[Step], store: Store, reporter: Reporter) -> dict[str, 
     for step in steps:
         inputs = {name: done[name] for name in step.inputs}
         done[step.stage] = _one(step, inputs, store, reporter)
-        refused = done[step.stage].facts.get("refused")
-        if refused:
-            error = from_dict(refused)
-            error.where = str(done[step.stage].path / VALIDATION)
-            raise error
+        _accept(done[step.stage])
     return done
 
 

@@ -48,6 +48,7 @@ def serve(options: argparse.Namespace) -> int:
             provider=options.provider,
             parallel=options.parallel,
             self_test=options.self_test,
+            lookup=options.lookup,
         ),
         limits=Limits(queue=options.queue, timeout=options.timeout, idle=options.idle_seconds),
         trust=options.trust,

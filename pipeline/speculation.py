@@ -23,6 +23,7 @@ import numpy as np
 
 from pipeline import generate, onnx_references
 from pipeline.errors import UsageError
+from pipeline.generate import Reader
 from pipeline.graph import LAST_LOGITS
 from pipeline.sampling import Sampling
 from pipeline.session import Session
@@ -109,13 +110,11 @@ def stream(
     if limit < 1:
         raise UsageError(f"a limit of {limit} tokens is not positive")
     end = len(prompt) + generate.room(session, len(prompt), limit)
-    source, verifier = Lookup(prompt), Verifier(session, end)
+    source, verifier = Lookup(prompt), Verifier(generate.Reader(session, end))
     counts = counts if counts is not None else Counts()
-    ids, padding = list(prompt), session.config["model"].get("pad_token_id")
+    ids = list(prompt)
     while True:
-        draft = source.propose(min(verifier.longest, end - len(ids) - 1)) if lookup else []
-        if padding in draft:  # the runtime masks it out at the end of what it is fed first
-            draft = draft[: draft.index(padding)]
+        draft = verifier.usable(source.propose(min(verifier.longest, end - len(ids) - 1))) if lookup else []
         found = verifier.verify(ids, draft)
         counts.forwards += 1
         counts.drafted += len(draft)
@@ -133,42 +132,48 @@ def stream(
 
 
 class Verifier:
-    """A sequence in the runtime's cache, and what the model says to drafts of its continuation.
+    """What the model says to drafts of what follows a sequence.
+
+    Args:
+        reader: has read some of the sequence, or nothing.
 
     Attributes:
         longest: most tokens of a draft.
+
+    Raises:
+        UsageError: the package's settings ask for another search than the greedy one, or it is compiled for an NPU.
     """
 
-    def __init__(self, session: Session, length: int) -> None:
-        """Begin a sequence of at most ``length`` tokens.
-
-        Raises:
-            UsageError: the package's settings ask for another search than the greedy one, or it is compiled for an NPU.
-        """
+    def __init__(self, reader: Reader) -> None:
         self.longest = LONGEST
-        self._cached = 0
+        self._reader, session = reader, reader.session
         self._output = _output(session)
+        self._padding = session.config["model"].get("pad_token_id")
         search = session.config.get("search", {})
         self._penalty = float(search.get("repetition_penalty", 1.0))
         if search.get("num_beams", 1) != 1 or search.get("min_length", 0) > 0:
             raise UsageError("lookup decoding knows no beams and no least length, which the package's settings ask for")
-        self._generator = generate.start(session, length)
+
+    def usable(self, draft: list[int]) -> list[int]:
+        """A draft as far as it can be fed: the runtime masks padding out at the end of what it is fed first."""
+        return draft[: draft.index(self._padding)] if self._padding in draft else draft
 
     def verify(self, ids: Sequence[int], draft: Sequence[int]) -> list[int]:
         """The prefix of ``draft`` that the model ranks first after ``ids``, and the next token that it ranks first.
 
-        ``ids`` are those of the last call and what it returned, or more of them.
+        ``ids`` are those that the reader has read, and one at least that it has not. After it, the last one of what is
+        returned is unread.
 
         Raises:
             UsageError: the package gives logits of the last token only.
         """
         drafted = list(draft) or [ids[-1]]  # a token that comes alone would be rounded otherwise
         while True:
-            self._generator.append_tokens(np.asarray([*ids[self._cached :], *drafted], np.int32))
-            rows = np.asarray(self._generator.get_output(self._output))[0]
+            unread = ids[len(self._reader.ids) :]
+            rows = self._reader.append([*unread, *drafted], self._output)
             if len(rows) > len(drafted):
                 break
-            if len(ids) - self._cached == 1:  # else the runtime has fed a prompt in chunks, and tells of the last one
+            if len(unread) == 1:  # else the runtime has fed a prompt in chunks, and tells of the last one
                 self.longest = min(self.longest, len(rows) - 1)
             drafted = drafted[: self.longest]
             if not drafted:
@@ -177,14 +182,12 @@ class Verifier:
                     why="its graph gives logits of the last token only",
                     fix="build it again with this version, for a processor, or with export.draft_tokens",
                 )
-            self._cached = len(ids) - 1
-            self._generator.rewind_to(self._cached)
+            self._reader.rewind(len(ids) - 1)
         ranked = _ranked_first(rows[-len(drafted) - 1 :], [*ids, *drafted], self._penalty)
         agreed = 0
         while agreed < min(len(draft), len(drafted)) and ranked[agreed] == drafted[agreed]:
             agreed += 1
-        self._cached = len(ids) + agreed
-        self._generator.rewind_to(self._cached)
+        self._reader.rewind(len(ids) + agreed)
         return ranked[: agreed + 1]
 
 

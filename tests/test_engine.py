@@ -7,15 +7,17 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import generate
+from pipeline import chat, generate
 from pipeline import session as sessions
 from pipeline.errors import PackageError, UsageError
 from pipeline.sampling import Sampling
+from pipeline.serve import answering, slots
 from pipeline.serve import engine as engines
 from pipeline.serve.answering import Stops
 from pipeline.serve.engine import Engine, Limits
@@ -126,6 +128,45 @@ def test_the_next_turn_of_a_conversation_is_not_read_again(tiny_package: Path, s
             assert end.cached == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_full_grows(tiny_package: Path, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_SMALL", 16)
+    monkeypatch.setattr(slots, "_USUAL", 4)
+    host = answering.Host(session, chat.load(tiny_package), slots.Slots(1), {})
+    request = Request(PROMPT, 60, Sampling(logit_bias=dict.fromkeys(session.eos, -100.0)))
+    events = list(answering.answer(host, request))
+    found = [event.token for event in events if isinstance(event, Piece)]
+    assert found == list(generate.stream(session, PROMPT, 60, request.sampling))
+    assert [event.done for event in events if isinstance(event, Prefilled)] == [6, 16, 32, 64]
+    assert events[-1] == End(LENGTH, "", len(PROMPT), 0, 60)
+
+
+@pytest.mark.slow
+def test_drafts_change_no_answer(tiny_package: Path, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "_SMALL", 16)
+    monkeypatch.setattr(slots, "_USUAL", 4)
+    tokenizer = chat.load(tiny_package)
+    plain = answering.Host(session, tokenizer, slots.Slots(1), {})
+    drafted = answering.Host(session, tokenizer, slots.Slots(1), {}, lookup=True)
+    endless = replace(session, config={**session.config, "model": {**session.config["model"], "eos_token_id": []}})
+    for host in (plain, drafted):
+        host.session = endless
+    read: list[int] = []
+    append = generate.Reader.append
+    monkeypatch.setattr(
+        generate.Reader, "append", lambda self, ids, output: (read.append(len(ids)), append(self, ids, output))[1]
+    )
+    text = tuple(range(20, 40))
+    for request in (Request(PROMPT, 1), Request(text * 2, 60), Request((*text * 2, 7), 60, stop=("zzz",))):
+        wanted, found = (list(answering.answer(host, request)) for host in (plain, drafted))
+        assert [one for one in wanted if isinstance(one, Piece)] == [one for one in found if isinstance(one, Piece)]
+        assert replace(wanted[-1], cached=0) == replace(found[-1], cached=0)
+    assert read
+    assert max(read) > 2
+    turns = list(answering.answer(drafted, Request((*text * 2, 7, 8, 9), 4)))
+    assert turns[-1].cached == 41  # what was drafted and not taken is forgotten
 
 
 @pytest.mark.slow

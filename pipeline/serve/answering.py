@@ -16,9 +16,11 @@ from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
 from pipeline.generate import Reader, TextStream
 from pipeline.sampling import Sampler, log_probabilities
+from pipeline.serve import slots
 from pipeline.serve.events import LENGTH, STOP, End, Event, Piece, Prefilled, Request
 from pipeline.serve.slots import Slots
 from pipeline.session import Session
+from pipeline.speculation import Lookup, Verifier
 from pipeline.thinking import CLOSING, Budget, Splitter
 
 if TYPE_CHECKING:
@@ -33,12 +35,14 @@ class Host:
 
     Attributes:
         adapted: the session of each adapter that was asked for; the model is the same one.
+        lookup: whether greedy answers are drafted from what was said.
     """
 
     session: Session
     tokenizer: Tokenizer
     slots: Slots
     adapted: dict[str, Session]
+    lookup: bool = False
 
     def with_adapter(self, name: str) -> Session:
         """The session whose generators have an adapter; the plain one for no name."""
@@ -63,21 +67,28 @@ def answer(host: Host, request: Request) -> Iterator[Event]:
     prompt, media = generate.attach(session, request.prompt, pictures)
     generate.check_prompt(session, prompt, media)
     limit = generate.room(session, len(prompt), request.limit)
-    length = session.padded(len(prompt)) + limit
-    with host.slots.taken(session, prompt, length, request.cache and media is None) as (reader, cached):
+    grows = session.rewinds and media is None
+    with host.slots.taken(session, prompt, limit, request.cache and grows, grows) as (reader, cached):
         for done in reader.feed(prompt[cached:], media):
             yield Prefilled(cached + done, len(prompt), cached)
-        yield from _Answer(host.tokenizer, request, reader, prompt, cached).steps(limit)
+        answer = _Answer(host.tokenizer, request, reader, prompt, cached, limit)
+        yield from answer.drafted() if host.lookup and _plain(request) and grows else answer.steps()
+
+
+def _plain(request: Request) -> bool:
+    """Whether the most likely tokens are wanted, and nothing else of them."""
+    watched = request.grammar or request.budget is not None or request.top_logprobs is not None
+    return request.sampling.plain and not watched
 
 
 class _Answer:
     """The tokens after a prompt that has been read."""
 
     def __init__(
-        self, tokenizer: Tokenizer, request: Request, reader: Reader, prompt: Sequence[int], cached: int
+        self, tokenizer: Tokenizer, request: Request, reader: Reader, prompt: Sequence[int], cached: int, limit: int
     ) -> None:
         self._request, self._reader, self._tokenizer = request, reader, tokenizer
-        self._prompt, self._cached = prompt, cached
+        self._prompt, self._cached, self._limit = prompt, cached, limit
         session = reader.session
         self._sampler = Sampler(request.sampling, prompt, session.repetition_penalty)
         self._text, self._stops = TextStream(tokenizer), Stops(request.stop)
@@ -96,26 +107,61 @@ class _Answer:
             closing = tokenizer.encode(CLOSING)
             self._budget = Budget(request.budget, closing, TextStream(tokenizer).push, request.inside)
 
-    def steps(self, limit: int) -> Iterator[Event]:
-        for count in range(limit):
+    def steps(self) -> Iterator[Event]:
+        """Token by token."""
+        for count in range(self._limit):
             logits = self._reader.logits()
             token = self._next(logits)
-            if token in self._reader.session.eos:
-                yield self._end(STOP, count)
+            events, over = self._taken(token, count, logits)
+            yield from events
+            if over:
                 return
-            piece = self._text.push(token)
-            text, hit = self._stops.push(piece)
-            yield self._piece(token, text, logits)
-            if hit:
-                yield End(STOP, "", len(self._prompt), self._cached, count + 1, hit)
-                return
-            self._follow(token, piece)
-            if self._constraint is not None and self._constraint.done and not self._forced:
-                yield self._end(STOP, count + 1)
-                return
-            if count < limit - 1:
-                self._reader.take(token)
-        yield self._end(LENGTH, limit)
+            yield from self._grown(1)
+            self._reader.take(token)
+
+    def drafted(self) -> Iterator[Event]:
+        """Several tokens at once where the answer repeats what was said (`pipeline.speculation`)."""
+        reader, ids, count = self._reader, list(self._prompt), 0
+        reader.rewind(len(ids) - 1)
+        source, verifier = Lookup(ids), Verifier(reader)
+        while True:
+            yield from self._grown(2)
+            room = min(verifier.longest, self._limit - count - 1, reader.length - len(ids) - 1)
+            draft = verifier.usable(source.propose(room))
+            found = verifier.verify(ids, draft)
+            if draft:
+                source.learn(len(draft), len(found) - 1)
+            for token in found:
+                events, over = self._taken(token, count, None)
+                yield from events
+                if over:
+                    return
+                ids.append(token)
+                count += 1
+            source.extend(found)
+
+    def _taken(self, token: int, count: int, logits: Floats | None) -> tuple[list[Event], bool]:
+        """What there is to tell of a token after ``count`` others, and whether the answer ends with it."""
+        if token in self._reader.session.eos:
+            return [self._end(STOP, count)], True
+        piece = self._text.push(token)
+        text, hit = self._stops.push(piece)
+        told: Event = self._piece(token, text, logits)
+        if hit:
+            return [told, End(STOP, "", len(self._prompt), self._cached, count + 1, hit)], True
+        self._follow(token, piece)
+        if self._constraint is not None and self._constraint.done and not self._forced:
+            return [told, self._end(STOP, count + 1)], True
+        if count == self._limit - 1:
+            return [told, self._end(LENGTH, self._limit)], True
+        return [told], False
+
+    def _grown(self, count: int) -> Iterator[Event]:
+        """Make room for so many tokens where there is none."""
+        reader = self._reader
+        if len(reader.ids) + count > reader.length:
+            for done in reader.grow(slots.larger(reader.session, reader.length)):
+                yield Prefilled(done, len(reader.ids), 0)
 
     def _next(self, logits: Floats) -> int:
         self._follows = False
@@ -143,9 +189,9 @@ class _Answer:
         if self._constraint is not None and inside and not self._inside and not self._forced:
             self._forced.extend(self._tokenizer.encode(_AFTER_THOUGHTS))
 
-    def _piece(self, token: int, text: str, logits: Floats) -> Piece:
+    def _piece(self, token: int, text: str, logits: Floats | None) -> Piece:
         wanted = self._request.top_logprobs
-        if wanted is None:
+        if wanted is None or logits is None:
             return Piece(token, text)
         found = log_probabilities(logits)
         order = (-found).argsort(kind="stable")[:wanted].tolist() if wanted else []

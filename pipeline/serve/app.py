@@ -15,7 +15,21 @@ from starlette.responses import JSONResponse, Response
 
 from pipeline import __version__
 from pipeline.errors import QwenOnnxError
-from pipeline.serve import bodies, chat, completions, embeddings, failures, health, logs, openapi, page, sse, tokens
+from pipeline.serve import (
+    bodies,
+    chat,
+    completions,
+    embeddings,
+    failures,
+    health,
+    logs,
+    openapi,
+    page,
+    responses,
+    responses_protocol,
+    sse,
+    tokens,
+)
 from pipeline.serve import protocol as types
 from pipeline.serve.front import Guarded, Observed
 from pipeline.serve.gate import gated
@@ -76,6 +90,14 @@ async def _detokenize(models: Models, request: types.DetokenizeRequest, _: str) 
 CALLS = (
     Call("/v1/chat/completions", types.ChatRequest, types.ChatCompletion, chat.complete, chat.stream),
     Call("/v1/completions", types.CompletionRequest, types.Completion, completions.complete, completions.stream),
+    Call(
+        "/v1/responses",
+        responses_protocol.ResponseRequest,
+        responses_protocol.Response,
+        responses.complete,
+        responses.stream,
+        named=True,
+    ),
     Call("/v1/embeddings", types.EmbeddingRequest, types.Embeddings, embeddings.embed),
     Call("/v1/rerank", types.RerankRequest, types.Ranking, embeddings.rerank),
     Call("/tokenize", types.TokenizeRequest, types.Tokenized, _tokenize),

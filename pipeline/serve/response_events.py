@@ -193,7 +193,7 @@ class Building:
         """Events of text have log-probabilities, none when they were not asked for."""
         return {"logprobs": list(logprobs)} if self._open and self._open.kind == _TEXT else {}
 
-    def _tell(self, kind: type[Event], name: str, **fields: Any) -> None:
+    def _tell(self, kind: type[Event], name: str, /, **fields: Any) -> None:
         self._events.append(kind(type=name, sequence_number=self._number, **fields))
         self._number += 1
 

@@ -189,7 +189,7 @@ def _said(item: SystemItem | UserItem | OutputItem) -> dict[str, Any]:
     return {"role": item.role, "content": _parts(item.content)}
 
 
-def _parts(content: str | Sequence[Any]) -> str | list[dict[str, Any]]:
+def _parts(content: str | list[Any]) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     found: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""`/v1/responses`, free of HTTP: a conversation of items is one of messages, and its answer becomes items and events."""
+"""`/v1/responses`, free of HTTP: items become the messages of a chat completion, and its answer items and events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.serve.models import Models
 from pipeline.serve.protocol import ChatChunk, ChatRequest
 from pipeline.serve.refusals import RateLimited, Refused
 from pipeline.serve.response_events import Building
-from pipeline.serve.responses_protocol import Event, Response, ResponseError, ResponseRequest
+from pipeline.serve.responses_protocol import CallItem, Event, Response, ResponseError, ResponseRequest
 from pipeline.serve.runs import Chunks
 
 # Fields that chat completions have under other names.
@@ -91,10 +91,9 @@ def _failure(error: QwenOnnxError) -> ResponseError:
     text = ": ".join(part for part in (error.what, error.why) if part)
     if isinstance(error, RateLimited):
         return ResponseError(code="rate_limit_exceeded", message=text, type=error.kind)
-    refused = isinstance(error, Refused)
     if isinstance(error, UsageError) or (isinstance(error, Refused) and error.status < 500):
         return ResponseError(code="invalid_prompt", message=text, type="invalid_request_error")
-    return ResponseError(code="server_error", message=text, type=error.kind if refused else "server_error")
+    return ResponseError(code="server_error", message=text, type="server_error")
 
 
 def _begun(request: ResponseRequest, asked: ChatRequest, search: dict[str, Any]) -> Response:
@@ -135,8 +134,15 @@ def _begun(request: ResponseRequest, asked: ChatRequest, search: dict[str, Any])
 def _translated(error: Refused, request: ResponseRequest, places: Sequence[int | None]) -> Refused:
     """What chat completions refuse, by the names that this request has for it."""
 
+    def called(match: re.Match[str]) -> str:
+        """A call, which is an item of its own: one of those from the first item of its message on."""
+        first = places[int(match[1])] or 0
+        calls = [index for index, item in enumerate(request.input) if index >= first and isinstance(item, CallItem)]
+        return f"input[{calls[int(match[2])]}]"
+
     def named(text: str) -> str:
-        return re.sub(r"messages(\[(\d+)\])?", lambda match: _place(match[2], request, places), _renamed(text))
+        text = re.sub(r"messages\[(\d+)\]\.tool_calls\[(\d+)\]\.function", called, _renamed(text))
+        return re.sub(r"messages(\[(\d+)\])?", lambda match: _place(match[2], request, places), text)
 
     return type(error)(
         _sentence(error.what, named),
@@ -151,7 +157,7 @@ def _translated(error: Refused, request: ResponseRequest, places: Sequence[int |
 def _renamed(text: str) -> str:
     for name, own in _NAMES.items():
         text = re.sub(rf"(?<![\w.]){name}(?!\w)", own, text)
-    return text
+    return text.replace("].tool_call_id", "].call_id")
 
 
 def _sentence(text: str, named: Any) -> str:

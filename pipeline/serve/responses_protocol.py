@@ -246,7 +246,7 @@ class ResponseRequest(Given):
         "moderation": "this server moderates nothing",
         "access_programs": "they are OpenAI's",
         "image": "how far pictures are scaled down is fixed in the package",
-        "prompt_cache_options": "the cache of prompts keeps what was used last, and `cache_prompt` is all it can be told",
+        "prompt_cache_options": "the cache of prompts keeps what was used last, and is told by `cache_prompt` alone",
     }
 
     model: str = Field(description="A name of `GET /v1/models`; `<model>:<adapter>` answers with a LoRA adapter.")
@@ -379,8 +379,8 @@ def _check_item(item: Mapping[str, Any], where: str) -> None:
             place = f"{where}.{field}[{index}]"
             if not isinstance(part, Mapping):
                 continue
-            if why := _PARTS.get(str(part.get("type"))):
-                raise Unsupported(f"a part `{part['type']}` cannot be taken", why=why, parameter=f"{place}.type")
+            if reason := _PARTS.get(str(part.get("type"))):
+                raise Unsupported(f"a part `{part['type']}` cannot be taken", why=reason, parameter=f"{place}.type")
             if part.get("file_id") is not None:
                 raise Unsupported(
                     "`file_id` is not honoured",
@@ -405,8 +405,8 @@ class OutputText(Answer):
 
     type: Literal["output_text"] = "output_text"
     text: str
-    annotations: list[Any] = []
-    logprobs: list[TokenLogprob] = []
+    annotations: list[Any] = Field(default_factory=list)
+    logprobs: list[TokenLogprob] = Field(default_factory=list)
 
 
 class Thoughts(Answer):
@@ -427,7 +427,7 @@ class Message(Answer):
 
 
 class FunctionCall(Answer):
-    """A function that the model calls: the client runs it, and sends a `function_call_output` with the same `call_id`."""
+    """A function that the model calls. The client runs it, and sends a `function_call_output` of the same `call_id`."""
 
     id: str
     type: Literal["function_call"] = "function_call"
@@ -443,7 +443,7 @@ class Thinking(Answer):
     id: str
     type: Literal["reasoning"] = "reasoning"
     status: Status
-    summary: list[Any] = []
+    summary: list[Any] = Field(default_factory=list)
     content: list[Thoughts]
 
 
@@ -499,12 +499,12 @@ class Response(Answer):
     error: ResponseError | None = None
     incomplete_details: IncompleteDetails | None = None
     model: str
-    output: list[OutputItemOf] = []
+    output: list[OutputItemOf] = Field(default_factory=list)
     usage: ResponseUsage | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     max_tool_calls: int | None = None
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str] = Field(default_factory=dict)
     parallel_tool_calls: bool
     previous_response_id: None = None
     background: Literal[False] = False

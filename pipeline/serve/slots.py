@@ -12,6 +12,9 @@ from pipeline.session import Session
 
 # A cache is taken up for another conversation when this much of it is kept: else the oldest one is given up for it.
 _WORTH = 0.5
+# The runtime fills the whole of a cache with zeros when a generator is made: so one is made for an answer of usual
+# length, and a larger one when it is full.
+_SMALL, _USUAL = 2048, 1024
 _LEAST = 2  # tokens of a prompt that are read in any case: kernels of one token sum in another order
 
 
@@ -22,7 +25,7 @@ class _Slot:
     used: int = 0
 
     def fits(self, session: Session, length: int) -> bool:
-        """Whether a sequence of a session could be read on here; the runtime fixes both when a generator is made."""
+        """Whether a sequence of a session could be read on here, up to ``length`` tokens."""
         own = self.reader.session
         return own.model is session.model and own.adapter == session.adapter and length <= self.reader.length
 
@@ -36,17 +39,21 @@ class Slots:
         self._clock = itertools.count(1)
 
     @contextmanager
-    def taken(self, session: Session, prompt: Sequence[int], length: int, cache: bool) -> Iterator[tuple[Reader, int]]:
-        """A reader with room for ``length`` tokens, and how many tokens of ``prompt`` it has read already.
+    def taken(
+        self, session: Session, prompt: Sequence[int], limit: int, cache: bool, grows: bool
+    ) -> Iterator[tuple[Reader, int]]:
+        """A reader for ``prompt`` and an answer, and how many tokens of the prompt it has read already.
 
         Args:
+            limit: most tokens of the answer.
             cache: whether to take up what is kept, and to keep what will be read.
+            grows: whether the reader may have to `Reader.grow`, rather than have room for them all.
         """
-        slot, known = self._found(session, prompt, length) if cache and session.rewinds else (None, 0)
+        slot, known = self._found(session, prompt, limit) if cache else (None, 0)
         if slot is None:
             self._make_room()
-            room = session.context_length if cache and session.rewinds else length
-            slot = _Slot(Reader(session, room))
+            whole = session.padded(len(prompt)) + limit
+            slot = _Slot(Reader(session, _room(session, len(prompt), limit) if grows else whole))
             self._slots.append(slot)
         slot.busy, slot.used = True, next(self._clock)
         try:
@@ -57,14 +64,14 @@ class Slots:
             raise
         finally:  # or it was left between two steps
             slot.busy, slot.used = False, next(self._clock)
-            if not (cache and session.rewinds):
+            if not cache:
                 self._slots.remove(slot)
 
-    def _found(self, session: Session, prompt: Sequence[int], length: int) -> tuple[_Slot | None, int]:
+    def _found(self, session: Session, prompt: Sequence[int], limit: int) -> tuple[_Slot | None, int]:
         """The free slot that knows most of a prompt, if it is worth more than a new one."""
         best, known = None, 0
         for slot in self._slots:
-            if slot.busy or not slot.fits(session, length):
+            if slot.busy or not slot.fits(session, len(prompt) + min(limit, _USUAL // 4)):
                 continue
             alike = _alike(slot.reader.ids, prompt)
             if alike > known:
@@ -79,6 +86,19 @@ class Slots:
         free = sorted((slot for slot in self._slots if not slot.busy), key=lambda slot: slot.used)
         while len(self._slots) >= self._count and free:
             self._slots.remove(free.pop(0))
+
+
+def larger(session: Session, length: int) -> int:
+    """What a full cache of ``length`` tokens grows to."""
+    return min(session.context_length, 2 * length)
+
+
+def _room(session: Session, prompt: int, limit: int) -> int:
+    """Room for a prompt, the usual answer and some turns: a power of two, as far as the context goes."""
+    length = _SMALL
+    while length < prompt + min(limit, _USUAL):
+        length *= 2
+    return min(session.context_length, length)
 
 
 def _alike(first: Sequence[int], second: Sequence[int]) -> int:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.errors import PackageError, QwenOnnxError, StageError
+from pipeline.errors import PackageError, QwenOnnxError, StageError, UsageError
 from pipeline.serve.events import End, Event, Piece, Prefilled, request_of
 from pipeline.task import GENERATE
 
@@ -45,6 +45,7 @@ class Options:
         provider: ``cpu`` runs it on the processor, whatever it is for.
         parallel: answers that take turns, and conversations whose caches are kept.
         self_test: whether to replay the beginning of the golden answers first.
+        lookup: whether greedy answers are drafted from what was said, several tokens at once.
     """
 
     task: str = GENERATE
@@ -52,6 +53,7 @@ class Options:
     provider: str = ""
     parallel: int = 4
     self_test: bool = True
+    lookup: bool = False
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -124,7 +126,7 @@ def _generating(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
     opened = session.open_package(package, options.threads or None, options.provider)
     # OpenVINO's cache belongs to the model: a second conversation would write into the first one's.
     parallel = 1 if "OpenVINO" in opened.provider or not opened.rewinds else options.parallel
-    host = answering.Host(opened, chat.load(package), Slots(parallel), {})
+    host = answering.Host(opened, chat.load(package), Slots(parallel), {}, _drafts(opened) if options.lookup else False)
 
     def work(message: Message) -> Iterator[Message]:
         for event in answering.answer(host, request_of(message["answer"])):
@@ -134,6 +136,19 @@ def _generating(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
     if options.self_test:
         facts["self_test"] = _self_test(package, opened)
     return work, facts
+
+
+def _drafts(opened: Any) -> bool:
+    """Whether a package can verify drafts; one that cannot says so, and answers token by token."""
+    from pipeline import generate, speculation
+
+    try:
+        reader = generate.Reader(opened, 64)
+        speculation.Verifier(reader).verify([0, 1], [0])
+    except UsageError as error:
+        sys.stderr.write(f"{error}\n")
+        return False
+    return True
 
 
 def _self_test(package: Path, opened: Any) -> dict[str, Any]:
