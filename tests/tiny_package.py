@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from pipeline import digest, verify
+from pipeline import digest, package_files
 from pipeline.artifact import CHECKSUMS, MANIFEST
 
 TEMPLATE = (
@@ -123,7 +123,7 @@ def seal(folder: Path, **manifest: Any) -> Path:
     }
     (folder / MANIFEST).write_text(json.dumps({**FACTS, "files": files, **manifest}), encoding="utf-8")
     sums = {name: entry["sha256"] for name, entry in files.items()} | {MANIFEST: digest.of_file(folder / MANIFEST)}
-    (folder / CHECKSUMS).write_bytes(verify.checksums(sums))
+    (folder / CHECKSUMS).write_bytes(package_files.checksums(sums))
     return folder
 
 
