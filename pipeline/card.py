@@ -179,7 +179,7 @@ generator.AppendTokenSequences(prompt);
 using var stream = tokenizer.CreateStream();
 while (!generator.IsDone()) {{
     generator.GenerateNextToken();
-    Console.Write(stream.Decode(generator.GetSequence(0)[^1]));
+    Console.Write(stream.Decode(generator.GetNextTokens()[0]));
 }}
 ```
 
@@ -200,7 +200,7 @@ int main() {{
     auto stream = OgaTokenizerStream::Create(*tokenizer);
     while (!generator->IsDone()) {{
         generator->GenerateNextToken();
-        std::cout << stream->Decode(generator->GetSequenceData(0)[generator->GetSequenceCount(0) - 1]) << std::flush;
+        std::cout << stream->Decode(generator->GetNextTokens()[0]) << std::flush;
     }}
 }}
 ```
@@ -214,15 +214,19 @@ try (var model = new Model("DIR"); var tokenizer = new Tokenizer(model); var par
     parameters.setSearchOption("max_length", prompt.getSequence(0).length + 200);
     try (var generator = new Generator(model, parameters); var stream = tokenizer.createStream()) {{
         generator.appendTokenSequences(prompt);
+        int shown = prompt.getSequence(0).length;
         while (!generator.isDone()) {{
             generator.generateNextToken();
-            System.out.print(stream.decode(generator.getLastTokenInSequence(0)));
+            var sequence = generator.getSequence(0);
+            if (sequence.length > shown) System.out.print(stream.decode(sequence[shown++]));  // the end is not in it
         }}
     }}
 }}
 ```
 
 The runtime has no binding for JavaScript: a page or a Node program asks a server in OpenAI's protocol, such as `qwen-onnx serve DIR`.
+Without a server, Node runs graphs for processors with onnxruntime-node: `deploy/samples` of qwen-onnx has a program that does, and these
+as whole programs.
 
 """
 

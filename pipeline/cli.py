@@ -204,6 +204,23 @@ def _trust_commands(root: Any) -> None:
     sign.add_argument("--builder-id", default=default, metavar="URI", help=text)
     _json_option(sign)
 
+    text = "make a package again from its manifest, and compare; ends with 0 equal, 22 a file differs"
+    rebuild = _command(root, "rebuild", trust_commands.rebuild, text)
+    rebuild.add_argument("package", type=Path)
+    text = "an empty folder (default: a temporary one, beside --out or the package)"
+    rebuild.add_argument("--store", type=Path, metavar="DIR", help=text)
+    rebuild.add_argument("--out", type=Path, metavar="DIR", help="where the new package is put (default: not kept)")
+    rebuild.add_argument("--downloads", type=Path, metavar="DIR", help="keep and take what is fetched here")
+    rebuild.add_argument("--checkpoint", type=Path, metavar="PATH", help="where a local checkpoint is now")
+    text = "where a LoRA adapter is now, of one that was merged the folder alone; may be given again"
+    rebuild.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help=text)
+    text = "end with this stage, such as quantize, and compare graphs and weights"
+    rebuild.add_argument("--until", default="", metavar="STAGE", help=text)
+    text = "although tools have other versions than the manifest says"
+    rebuild.add_argument("--other-versions", action="store_true", help=text)
+    rebuild.add_argument("--key", type=Path, metavar="PEM", help="the public key that it must be signed with")
+    _json_option(rebuild)
+
 
 def _package_commands(root: Any) -> None:
     _trust_commands(root)

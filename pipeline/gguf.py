@@ -81,7 +81,7 @@ def _limited(what: str, source: Path, out_dir: Path, limits: Limits) -> None:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=limits.seconds + 30,
+            timeout=10 * limits.seconds,  # of waiting for a busy machine; the processor time is limited where it runs
             env=environment,
             check=False,
         )

@@ -291,4 +291,5 @@ def _counts(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _yaml(value: Any) -> str:
     import yaml
 
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100))
+    # Sorted as in manifest.json: the order of a recipe's keys means nothing, and must not change a package.
+    return str(yaml.safe_dump(value, sort_keys=True, allow_unicode=True, width=100))

@@ -79,7 +79,7 @@ STAGES: tuple[Stage, ...] = (
         ("checkpoint", "quantize", "compile", "adapters"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 8, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 9, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
 )
 
 
@@ -343,16 +343,17 @@ def _install(target: Target) -> str:
 
 
 def _published(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The recipe as a package shows it: where a local checkpoint lay is nobody's business."""
+    """The recipe as a package shows it: where a local checkpoint or adapter lay is nobody's business."""
     checkpoint = dict(resolved.get("checkpoint", {}))
     sources = [
         {**source, "path": Path(source["path"]).name} if source.get("type") == "local" else source
         for source in checkpoint.get("sources", [])
     ]
+    merged = {"adapter": Path(checkpoint["adapter"]).name} if checkpoint.get("adapter") else {}
     adapters = resolved.get("adapters")
     shown = {name: {**given, "path": Path(given["path"]).name} for name, given in (adapters or {}).items()}
     more = {} if adapters is None else {"adapters": shown}
-    return {**resolved, "checkpoint": {**checkpoint, "sources": sources}, **more}
+    return {**resolved, "checkpoint": {**checkpoint, "sources": sources, **merged}, **more}
 
 
 def _identity(loaded: Loaded) -> dict[str, Any]:

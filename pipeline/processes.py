@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -19,6 +20,8 @@ from typing import Any
 
 # The others import little, or read settings of the network when they do.
 FORKED = ("export", "quantize", "compile", "validate")
+# Systems take 103 bytes or more for the path of a socket, of which Python's own names in the folder are 32.
+_LONGEST = 70
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def start(stage: str, job_file: Path, log: Path, events: int, lock: int) -> Proc
         events: descriptor that it writes events to.
         lock: descriptor that it keeps open, so that a lock is held until it is gone too.
     """
-    if stage in FORKED and "forkserver" in multiprocessing.get_all_start_methods():
+    if stage in FORKED and _forks():
         return _forked(job_file, log, events, lock)
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -62,11 +65,17 @@ def start(stage: str, job_file: Path, log: Path, events: int, lock: int) -> Proc
 
 def prepare() -> None:
     """Start importing now, beside what runs already."""
-    if "forkserver" in multiprocessing.get_all_start_methods():
+    if _forks():
         from multiprocessing import forkserver
 
         _context()
         forkserver.ensure_running()
+
+
+def _forks() -> bool:
+    """Whether there can be a fork server: its socket lies among temporary files, at a path of limited length."""
+    folder = len(os.fsencode(tempfile.gettempdir()))
+    return "forkserver" in multiprocessing.get_all_start_methods() and folder <= _LONGEST
 
 
 def _context() -> Any:
