@@ -79,7 +79,8 @@ def test_canonical_json_refuses_numbers_that_json_has_not(number: float) -> None
 
 def test_the_docstring_of_errors_lists_every_class_with_its_own_exit_code() -> None:
     listed = re.findall(r"[├└]── (\w+) +(\d+) ", errors.__doc__ or "")
-    assert listed == [(kind.__name__, str(kind.exit_code)) for kind in errors.QwenOnnxError.__subclasses__()]
+    own = [kind for kind in errors.QwenOnnxError.__subclasses__() if kind.__module__ == errors.__name__]
+    assert listed == [(kind.__name__, str(kind.exit_code)) for kind in own]
     codes = [kind.exit_code for kind in errors.ERRORS.values()]
     assert [name for name, _ in listed] == list(errors.ERRORS)
     assert len({*codes, 0, errors.QwenOnnxError.exit_code, errors.INTERRUPTED}) == len(codes) + 3
