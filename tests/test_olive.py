@@ -329,7 +329,7 @@ def test_gptq_is_nearer_to_the_reference_than_rounding_and_makes_the_same_bytes_
         twin = sessions.open_package(text_agreement.whole_prompt_twin(made.path, tmp_path / f"{algorithm}-twin"))
         found = metrics.log_softmax(generate.prefill_logits(twin, ids))
         kl[algorithm] = float(metrics.kl_divergence(wanted, found).mean())
-    assert kl["gptq"] < 0.8 * kl["min_error"]
+    assert kl["gptq"] < 0.85 * kl["min_error"]
     again = run_quantize(exported(*case), tmp_path / "again", algorithm="gptq", body=scheme(4))
     for name in ("model.onnx", "model.onnx.data"):
         assert (again.path / name).read_bytes() == (tmp_path / "gptq" / name).read_bytes()
