@@ -47,9 +47,9 @@ def staged(path: Path) -> Iterator[IO[bytes]]:
         ) from None
 
 
-def flush_folder(folder: Path) -> None:
-    """Make the names in a folder last, such as that of a file that was renamed into it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Make a file last, or the names in a folder, such as that of a file that was renamed into it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

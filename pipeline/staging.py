@@ -57,9 +57,9 @@ def folder(out: Path, names: set[str], kind: str) -> Iterator[Path]:
             except QwenOnnxError:
                 shutil.rmtree(place)
                 raise
-            files.flush_folder(place)
+            files.flush(place)
             place.rename(out)
-            files.flush_folder(out.parent)
+            files.flush(out.parent)
     except OSError as error:
         raise ResourceError(f"{out} cannot be written", why=str(error), fix="run the same command again") from None
 

@@ -25,6 +25,7 @@ from typing import IO, Any
 from pipeline import digest
 from pipeline.artifact import Artifact, Step
 from pipeline.errors import StoreError
+from pipeline.files import flush
 
 _RECORD = "artifact.json"
 _AREAS = ("tmp", "locks", "logs", "downloads")
@@ -123,7 +124,7 @@ class Store:
         sizes: dict[str, tuple[int, str]] = {}
         for path in sorted(files.rglob("*")):
             if path.is_file():
-                _flush(path)
+                flush(path)
                 sizes[path.relative_to(files).as_posix()] = (path.stat().st_size, digest.of_file(path))
         record = {
             "stage": step.stage,
@@ -138,15 +139,15 @@ class Store:
         }
         folder = files.parent
         (folder / _RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-        _flush(folder / _RECORD)
+        flush(folder / _RECORD)
         for directory in (*(path for path in files.rglob("*") if path.is_dir()), files, folder):
-            _flush(directory)
+            flush(directory)
         final = self.root / step.stage / step.key
         final.parent.mkdir(exist_ok=True)
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
         artifact = self._read(final)
         assert artifact is not None
         return artifact
@@ -237,14 +238,6 @@ def _acquire(file: IO[str], waiting: Callable[[], None] | None) -> None:
         if waiting:
             waiting()
         fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _usage(root: Path) -> int:

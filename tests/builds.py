@@ -70,8 +70,9 @@ class Project:
         self.recipe.write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
 
-def new_project(folder: Path, checkpoint: Path, exporter: str = "genai") -> Project:
-    recipe = {
+def tiny_recipe(checkpoint: Path, exporter: str = "genai", gates: dict[str, float] = GATES) -> dict[str, Any]:
+    """INT4 for processors, of a tiny checkpoint."""
+    return {
         "description": "tiny",
         "target": "cpu",
         "checkpoint": {
@@ -81,8 +82,12 @@ def new_project(folder: Path, checkpoint: Path, exporter: str = "genai") -> Proj
         },
         "export": {"exporter": exporter},
         "quantize": {"algorithm": "min_error", "body": {"bits": 4, "block_size": 16, "symmetric": False}},
-        "validate": {"windows": 4, "window_tokens": 32, "greedy_tokens": 8, "gates": GATES},
+        "validate": {"windows": 4, "window_tokens": 32, "greedy_tokens": 8, "gates": gates},
     }
+
+
+def new_project(folder: Path, checkpoint: Path, exporter: str = "genai") -> Project:
+    recipe = tiny_recipe(checkpoint, exporter)
     path = folder / "tiny" / "cpu.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import yaml
+from builds import tiny_recipe
 from test_gguf import _write as write_gguf
 
 from pipeline import bench, bench_loop, bench_process, bench_quality, bench_run, cli, exporter, peers
@@ -266,23 +267,7 @@ def test_the_gguf_file_is_the_one_with_the_digest(sources: list[dict[str, Any]],
 
 def _project(folder: Path, checkpoint: Path) -> list[str]:
     """Build a package of ``checkpoint``; returns what a benchmark of it is asked with."""
-    recipe = {
-        "description": "tiny",
-        "target": "cpu",
-        "checkpoint": {
-            "sources": [{"type": "local", "path": str(checkpoint)}],
-            "license": "Apache-2.0",
-            "base_model": "tiny",
-        },
-        "export": {"exporter": "genai"},
-        "quantize": {"algorithm": "min_error", "body": {"bits": 4, "block_size": 16, "symmetric": False}},
-        "validate": {
-            "windows": 4,
-            "window_tokens": 32,
-            "greedy_tokens": 8,
-            "gates": {"mean_kl": 0.5, "top1": 0.7, "perplexity_ratio": 1.5, "greedy": 0.3},
-        },
-    }
+    recipe = tiny_recipe(checkpoint, gates={"mean_kl": 0.5, "top1": 0.7, "perplexity_ratio": 1.5, "greedy": 0.3})
     path = folder / "tiny" / "cpu.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

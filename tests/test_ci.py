@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from builds import tiny_recipe
 
 from pipeline import cli, summary
 from pipeline.artifact import VALIDATION, Estimate, Step
@@ -197,23 +198,7 @@ def _clone(folder: Path, checkpoint: Path) -> Path:
     (folder / ".venv").mkdir()
     (folder / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
     (folder / ".venv" / "ready").touch()
-    value = {
-        "description": "tiny",
-        "target": "cpu",
-        "checkpoint": {
-            "sources": [{"type": "local", "path": str(checkpoint)}],
-            "license": "Apache-2.0",
-            "base_model": "tiny",
-        },
-        "export": {"exporter": "genai"},
-        "quantize": {"algorithm": "min_error", "body": {"bits": 4, "block_size": 16, "symmetric": False}},
-        "validate": {
-            "windows": 4,
-            "window_tokens": 32,
-            "greedy_tokens": 8,
-            "gates": {"mean_kl": 0.3, "top1": 0.8, "perplexity_ratio": 1.5, "greedy": 0.5},
-        },
-    }
+    value = tiny_recipe(checkpoint)
     recipe = folder / "recipes" / "tiny" / "cpu-int4.yaml"
     recipe.parent.mkdir(parents=True)
     recipe.write_text(yaml.safe_dump(value), encoding="utf-8")
