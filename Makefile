@@ -16,7 +16,7 @@ LLAMACPP := .venv-llamacpp
 SNAKEMAKE := .venv-snakemake
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all runtimes samples lint recipes verify serve bench report clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all runtimes handoff samples lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -76,6 +76,9 @@ test-all: $(READY) ## all tests
 
 runtimes: $(READY) ## replay packages with the oldest and the newest runtime that is claimed, in environments of their own
 	@$(BIN)/python tests/runtimes.py
+
+handoff: ## follow the README of $(PACKAGE) in an environment with nothing else, as an app team does
+	@$(PYTHON) tests/handoff.py $(PACKAGE)
 
 samples: ## what deploy/samples/chat.mjs needs, into that folder (350 MB)
 	@cd deploy/samples && npm install --ignore-scripts --no-package-lock --no-audit --no-fund --silent

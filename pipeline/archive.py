@@ -55,8 +55,11 @@ def epoch() -> int:
     return int(text)
 
 
-def pack(package: Path, out: Path) -> Packed:
+def pack(package: Path, out: Path, key: Path | None = None) -> Packed:
     """Verify a package and write it as an archive; equal packages give equal bytes.
+
+    Args:
+        key: the public key that it must be signed with.
 
     Raises:
         PackageError: the package fails verification, or has a name that tar cannot write.
@@ -65,7 +68,7 @@ def pack(package: Path, out: Path) -> Packed:
     """
     if out.resolve().parent == package.resolve():
         raise UsageError(f"{out} is inside of the package", why="nothing may be added to a package")
-    manifest, seconds = verify.package(package), epoch()
+    manifest, seconds = verify.package(package, key=key), epoch()
     folder = _folder(manifest)
     names = sorted(path.name for path in package.iterdir())
     hashed = hashlib.sha256()
@@ -120,10 +123,13 @@ def _header(name: str, size: int, seconds: int) -> bytes:
     return header
 
 
-def unpack(archive: Path, out: Path, quota: tar.Quota | None = None) -> Unpacked:
+def unpack(archive: Path, out: Path, quota: tar.Quota | None = None, key: Path | None = None) -> Unpacked:
     """Make the directory ``out`` of an archive; it is there when all of it is there and verified, and not before.
 
     A run that was ended leaves a hidden folder beside ``out``; the next one keeps what is whole in it.
+
+    Args:
+        key: the public key that the package must be signed with.
 
     Raises:
         UsageError: there is no archive, or something else is at ``out``.
@@ -134,21 +140,21 @@ def unpack(archive: Path, out: Path, quota: tar.Quota | None = None) -> Unpacked
         raise UsageError(f"there is no archive {archive}", fix="give the file that `qwen-onnx pack` wrote")
     try:
         with archive.open("rb") as file:
-            return _unpack(file, tar.entries(file, quota or tar.Quota()), out)
+            return _unpack(file, tar.entries(file, quota or tar.Quota()), out, key)
     except OSError as error:
         raise ResourceError(f"{archive} cannot be read", why=str(error)) from None
 
 
-def _unpack(file: IO[bytes], found: list[tar.Entry], out: Path) -> Unpacked:
+def _unpack(file: IO[bytes], found: list[tar.Entry], out: Path, key: Path | None) -> Unpacked:
     named = {entry.name: entry for entry in found}
     if MANIFEST not in named:
         raise tar.refused(f"it has no {MANIFEST}, so it holds no package")
     if named[MANIFEST].size > _MAX_MANIFEST:
         raise tar.refused(f"its {MANIFEST} is larger than {_MAX_MANIFEST} bytes")
     file.seek(named[MANIFEST].offset)
-    if staging.arrived(out, file.read(named[MANIFEST].size)):
+    if staging.arrived(out, file.read(named[MANIFEST].size), key):
         return Unpacked(read_manifest(out), len(found), len(found))
-    with staging.folder(out, set(named), "unpack") as place:
+    with staging.folder(out, set(named), "unpack", key) as place:
         there = sum(path.lstat().st_size for path in place.iterdir())
         staging.check_space(place, sum(entry.size for entry in found) - there)
         _extract(file, named.pop(MANIFEST), place / MANIFEST)

@@ -210,7 +210,7 @@ import ai.onnxruntime.genai.*;
 
 try (var model = new Model("DIR"); var tokenizer = new Tokenizer(model); var parameters = new GeneratorParams(model)) {{
     var messages = "[{{\\"role\\": \\"user\\", \\"content\\": \\"Write a haiku about ONNX.\\"}}]";
-    var prompt = tokenizer.encode(tokenizer.applyChatTemplate("", messages, "", true));
+    var prompt = tokenizer.encode(tokenizer.applyChatTemplate("", messages, null, true));
     parameters.setSearchOption("max_length", prompt.getSequence(0).length + 200);
     try (var generator = new Generator(model, parameters); var stream = tokenizer.createStream()) {{
         generator.appendTokenSequences(prompt);

@@ -189,8 +189,7 @@ def _trust_commands(root: Any) -> None:
         root, "verify", trust_commands.verify, "check a package before it is used; nothing of it is loaded before that"
     )
     verify.add_argument("package", type=Path)
-    text = "the public key that it must be signed with; without one, nobody asks who made it"
-    verify.add_argument("--key", type=Path, metavar="PEM", help=text)
+    _key_option(verify)
     verify.add_argument("--replay", action="store_true", help="then load it and replay its golden transcript here")
     _provider_option(verify)
     _json_option(verify)
@@ -218,7 +217,7 @@ def _trust_commands(root: Any) -> None:
     rebuild.add_argument("--until", default="", metavar="STAGE", help=text)
     text = "although tools have other versions than the manifest says"
     rebuild.add_argument("--other-versions", action="store_true", help=text)
-    rebuild.add_argument("--key", type=Path, metavar="PEM", help="the public key that it must be signed with")
+    _key_option(rebuild)
     _json_option(rebuild)
 
 
@@ -424,6 +423,8 @@ def _format_commands(root: Any) -> None:
     diff.add_argument("new", type=Path)
     diff.add_argument("--all", action="store_true", help="every difference, also of kinds that are found often")
     diff.add_argument("--trust", action="store_true", help="skip the digests of packages that were verified before")
+    for parser in (pack, unpack, push, pull, export, taken, layout):
+        _key_option(parser)
     for parser in (pack, unpack, push, pull, export, taken, layout, diff):
         _json_option(parser)
 
@@ -449,6 +450,11 @@ def _locked_option(parser: argparse.ArgumentParser) -> None:
 def _store_option(parser: argparse.ArgumentParser) -> None:
     default = Path(os.environ.get("QWEN_ONNX_STORE", ARTIFACTS / ".store"))
     parser.add_argument("--store", type=Path, default=default, help="(default: $QWEN_ONNX_STORE or %(default)s)")
+
+
+def _key_option(parser: argparse.ArgumentParser) -> None:
+    text = "the public key that the package must be signed with; without one, nobody asks who made it"
+    parser.add_argument("--key", type=Path, metavar="PEM", help=text)
 
 
 def _provider_option(parser: argparse.ArgumentParser) -> None:

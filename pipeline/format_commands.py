@@ -20,7 +20,7 @@ def pack(options: argparse.Namespace) -> int:
     from pipeline import archive
 
     out = options.out or options.package.resolve().with_suffix(options.package.resolve().suffix + ".tar")
-    packed = archive.pack(options.package, out)
+    packed = archive.pack(options.package, out, options.key)
     facts = {"archive": str(out), "bytes": packed.size, "sha256": packed.sha256, "files": packed.files}
     return _tell(options, facts, f"{out}: {packed.files} files, {packed.size} bytes\nsha256 {packed.sha256}")
 
@@ -29,7 +29,7 @@ def unpack(options: argparse.Namespace) -> int:
     from pipeline import archive, tar
 
     quota = tar.Quota(options.max_bytes, options.max_files)
-    found = archive.unpack(options.archive, options.out, quota)
+    found = archive.unpack(options.archive, options.out, quota, options.key)
     facts = {"package": str(options.out), "name": found.manifest.data["name"], "digest": found.manifest.digest}
     facts |= {"files": found.files, "kept": found.kept}
     text = f"{options.out}: {found.files} files, verified ({found.kept} were there already)"
@@ -39,7 +39,7 @@ def unpack(options: argparse.Namespace) -> int:
 def oci_export(options: argparse.Namespace) -> int:
     from pipeline import oci_layout
 
-    image = oci_layout.write(options.package, options.layout, options.tag)
+    image = oci_layout.write(options.package, options.layout, options.tag, options.key)
     facts = {"layout": str(options.layout), "tag": options.tag, "digest": image.blob.digest}
     return _tell(options, facts, f"{options.layout}:{options.tag} is {image.blob.digest}")
 
@@ -48,7 +48,7 @@ def oci_import(options: argparse.Namespace) -> int:
     from pipeline import oci_layout
 
     image = oci_layout.read(options.layout, options.tag)
-    manifest = oci_layout.extract(options.layout, image, options.out)
+    manifest = oci_layout.extract(options.layout, image, options.out, options.key)
     facts = {"package": str(options.out), "name": manifest.data["name"], "digest": manifest.digest}
     return _tell(options, facts, f"{options.out}: {len(image.layers)} files, verified\ndigest {manifest.digest}")
 
@@ -56,7 +56,7 @@ def oci_import(options: argparse.Namespace) -> int:
 def oci_push(options: argparse.Namespace) -> int:
     from pipeline import oci_registry
 
-    moved = oci_registry.push(options.package, options.reference, options.plain_http)
+    moved = oci_registry.push(options.package, options.reference, options.plain_http, options.key)
     facts = {"reference": options.reference, "digest": moved.digest, "sent": moved.moved, "there": moved.kept}
     text = f"{options.reference} is {moved.digest}\n{moved.moved} bytes sent, {moved.kept} were there already"
     return _tell(options, facts, text)
@@ -68,7 +68,7 @@ def oci_pull(options: argparse.Namespace) -> int:
     tag = oci_registry.tag_of(options.reference)
     cache = options.cache or Path(os.environ.get(CACHE) or options.out.resolve().parent / ".oci")
     image, moved = oci_registry.pull(options.reference, cache, tag, options.plain_http)
-    manifest = oci_layout.extract(cache, image, options.out)
+    manifest = oci_layout.extract(cache, image, options.out, options.key)
     facts: dict[str, Any] = {"package": str(options.out), "name": manifest.data["name"], "digest": manifest.digest}
     facts |= {"artifact": moved.digest, "fetched": moved.moved, "there": moved.kept}
     text = f"{options.out}: {len(image.layers)} files, verified\ndigest {manifest.digest}"
@@ -78,7 +78,7 @@ def oci_pull(options: argparse.Namespace) -> int:
 def layout(options: argparse.Namespace) -> int:
     from pipeline import layouts
 
-    added = layouts.write(options.package, options.out, options.kind)
+    added = layouts.write(options.package, options.out, options.kind, options.key)
     facts = {"layout": str(options.out), "for": options.kind, "added": added}
     return _tell(options, facts, f"{options.out}: the package, and {', '.join(added)}")
 

@@ -26,8 +26,11 @@ _LFS_BYTES = 10 << 20
 _CARD = {"base_model": str, "license": str, "library_name": str, "pipeline_tag": str, "tags": list, "language": list}
 
 
-def write(package: Path, out: Path, kind: str) -> list[str]:
+def write(package: Path, out: Path, kind: str, key: Path | None = None) -> list[str]:
     """Verify a package and lay it out at ``out`` for ``kind`` (a key of `KINDS`); returns the names of added files.
+
+    Args:
+        key: the public key that the package must be signed with.
 
     Raises:
         PackageError: the package fails verification, or has not what the layout needs.
@@ -35,7 +38,7 @@ def write(package: Path, out: Path, kind: str) -> list[str]:
         RuntimeMissing: jinja2 is not installed, which renders chat templates.
         ResourceError: ``out`` cannot be written.
     """
-    manifest = verify.package(package)
+    manifest = verify.package(package, key=key)
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UsageError(f"{out} is taken", fix="remove it, or give another place")
     added = KINDS[kind](package, manifest)

@@ -41,15 +41,18 @@ def same(path: Path, blob: Blob) -> bool:
         return False
 
 
-def write(package: Path, layout: Path, tag: str) -> Image:
+def write(package: Path, layout: Path, tag: str, key: Path | None = None) -> Image:
     """Verify a package and put it into a layout, which is made where there is none; files are hard links.
+
+    Args:
+        key: the public key that the package must be signed with.
 
     Raises:
         PackageError: the package fails verification.
         UsageError: the folder is something else than a layout.
         ResourceError: it cannot be written.
     """
-    image, config = oci_image.describe(package, verify.package(package))
+    image, config = oci_image.describe(package, verify.package(package, key=key))
     with changing(layout):
         for layer in image.layers:
             if not whole(layout, layer):
@@ -150,8 +153,11 @@ def read(layout: Path, tag: str = "") -> Image:
     return oci_image.parse(data)
 
 
-def extract(layout: Path, image: Image, out: Path) -> Manifest:
+def extract(layout: Path, image: Image, out: Path, key: Path | None = None) -> Manifest:
     """Make the directory ``out`` of an artifact, verified; files are hard links into the layout.
+
+    Args:
+        key: the public key that the package must be signed with.
 
     Raises:
         PackageError: a blob is missing or damaged, or what they make fails verification.
@@ -164,9 +170,9 @@ def extract(layout: Path, image: Image, out: Path) -> Manifest:
     damaged = [layer.name for layer in image.layers if not whole(layout, layer)]
     if damaged:
         raise PackageError(f"{layout} is damaged", why=f"missing or changed: {', '.join(damaged)}", fix="pull it again")
-    if staging.arrived(out, path_of(layout, named[MANIFEST]).read_bytes()):
+    if staging.arrived(out, path_of(layout, named[MANIFEST]).read_bytes(), key):
         return read_manifest(out)
-    with staging.folder(out, set(), "oci") as place:
+    with staging.folder(out, set(), "oci", key) as place:
         for name, layer in named.items():
             files.link(path_of(layout, layer), place / name)
     return read_manifest(out)

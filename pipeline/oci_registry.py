@@ -36,12 +36,13 @@ class Moved:
     kept: int
 
 
-def push(package: Path, reference: str, plain: bool = False) -> Moved:
+def push(package: Path, reference: str, plain: bool = False, key: Path | None = None) -> Moved:
     """Verify a package and push it; blobs that the registry has are not sent again.
 
     Args:
         reference: ``host[:port]/name:tag``.
         plain: over HTTP, for a registry on this machine.
+        key: the public key that the package must be signed with.
 
     Raises:
         PackageError: the package fails verification.
@@ -52,7 +53,7 @@ def push(package: Path, reference: str, plain: bool = False) -> Moved:
     found = _parsed(reference)
     if not found["tag"] or found["digest"]:
         raise UsageError(f"{reference} has no tag, or a digest", fix="name it host/name:tag")
-    manifest = verify.package(package)
+    manifest = verify.package(package, key=key)
     image, config = oci_image.describe(package, manifest)
     client = _Client(found, plain)
     moved = kept = 0

@@ -79,7 +79,7 @@ STAGES: tuple[Stage, ...] = (
         ("checkpoint", "quantize", "compile", "adapters"),
         ("onnxruntime-genai", "torch", "transformers", "tokenizers"),
     ),
-    Stage("package", 9, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
+    Stage("package", 10, ("checkpoint", "quantize", "compile", "adapters", "validate"), ("onnxruntime-genai",)),
 )
 
 

@@ -57,10 +57,10 @@ def read(package: Path, key: Path | None = None) -> Signed | None:
         PackageError: the signature is missing although there is a key, is none, or is not by the owner of the key.
         UsageError: the key cannot be read.
     """
-    trusted = _trusted(key) if key else None
+    owner = trusted(key) if key else None
     path = package / SIGNATURE
     if not (path.exists() or path.is_symlink()):
-        if trusted is None:
+        if owner is None:
             return None
         raise PackageError(
             f"{package} is not signed",
@@ -70,10 +70,10 @@ def read(package: Path, key: Path | None = None) -> Signed | None:
         )
     file = SIGNATURE
     try:
-        files = _signed_files(read_json(path), trusted)
+        files = _signed_files(read_json(path), owner)
         subjects, file = None, PROVENANCE
         if PROVENANCE in files and (package / PROVENANCE).exists():  # else it is missed with all other files
-            subjects = _subjects(read_json(package / PROVENANCE), trusted)
+            subjects = _subjects(read_json(package / PROVENANCE), owner)
     except _OtherKeyError as error:
         raise PackageError(
             f"{package} was not signed with that key",
@@ -90,10 +90,15 @@ def read(package: Path, key: Path | None = None) -> Signed | None:
             fix="fetch the package again, and do not load it",
             codes=["signature.malformed"],
         ) from None
-    return Signed(files, subjects, trusted is not None)
+    return Signed(files, subjects, owner is not None)
 
 
-def _trusted(key: Path) -> PublicKey:
+def trusted(key: Path) -> PublicKey:
+    """The public key in a PEM file.
+
+    Raises:
+        UsageError: there is none, or of a kind that signs no packages.
+    """
     try:
         if key.stat().st_size > 1 << 16:
             raise ValueError("it is too large for a key")

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import digest, ecdsa, files, provenance, signature, verify
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, SIGNED
-from pipeline.errors import PackageError, RuntimeMissing, UsageError
+from pipeline.errors import PackageError, ResourceError, RuntimeMissing, UsageError
 
 PASSWORD = "QWEN_ONNX_KEY_PASSWORD"  # noqa: S105 - the name of a variable
 """The environment variable with the password of an encrypted key."""
@@ -41,7 +41,8 @@ def sign(package: Path, private: Path, builder: str = provenance.BUILDER) -> dic
         for name in SIGNED:
             (package / name).unlink(missing_ok=True)
     except OSError as error:
-        raise PackageError(f"{package} cannot be signed", why=str(error)) from None
+        kind = ResourceError if package.is_dir() else PackageError
+        raise kind(f"{package} cannot be signed", why=str(error)) from None
     manifest = verify.package(package)
     sums = {name: sha256 for name, (_, sha256) in manifest.files.items()}
     sums |= {name: digest.of_file(package / name) for name in (MANIFEST, CHECKSUMS)}

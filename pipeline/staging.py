@@ -9,28 +9,36 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline import files, verify
+from pipeline import files, signature, verify
 from pipeline.artifact import MANIFEST
 from pipeline.errors import QwenOnnxError, ResourceError, UsageError
 
 
-def arrived(out: Path, manifest: bytes) -> bool:
+def arrived(out: Path, manifest: bytes, key: Path | None = None) -> bool:
     """Whether ``out`` is the package of that ``manifest.json`` already, verified.
+
+    Args:
+        key: the public key that it must be signed with.
 
     Raises:
         UsageError: there is something else.
+        PackageError: it is not signed with the key.
     """
     if not (out.is_symlink() or out.exists()) or (out.is_dir() and not any(out.iterdir())):
         return False
+    same = False
     with contextlib.suppress(QwenOnnxError):
         verify.package(out)
-        if (out / MANIFEST).read_bytes() == manifest:
-            return True
-    raise UsageError(f"{out} holds something else", fix="remove it, or give another place with -o")
+        same = (out / MANIFEST).read_bytes() == manifest
+    if not same:
+        raise UsageError(f"{out} holds something else", fix="remove it, or give another place with -o")
+    if key:
+        signature.read(out, key)
+    return True
 
 
 @contextlib.contextmanager
-def folder(out: Path, names: set[str], kind: str) -> Iterator[Path]:
+def folder(out: Path, names: set[str], kind: str, key: Path | None = None) -> Iterator[Path]:
     """A folder to fill with the files ``names``; at the end of the block it is verified and becomes ``out``.
 
     What an interruption leaves is there the next time, so that it can be kept after a look at its digest; everything
@@ -38,12 +46,15 @@ def folder(out: Path, names: set[str], kind: str) -> Iterator[Path]:
 
     Args:
         kind: part of the hidden folder's name, so that two ways to the same place do not meet.
+        key: the public key that the package must be signed with.
 
     Raises:
         PackageError: what is there at the end fails verification.
-        UsageError: another process is filling the folder.
+        UsageError: another process is filling the folder, or the key is none.
         ResourceError: the disk is full or fails.
     """
+    if key:
+        signature.trusted(key)
     place = out.with_name(f".{out.name}.{kind}")
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -53,7 +64,7 @@ def folder(out: Path, names: set[str], kind: str) -> Iterator[Path]:
                     remove(path)
             try:
                 yield place
-                verify.package(place)
+                verify.package(place, key=key)
             except QwenOnnxError:
                 shutil.rmtree(place)
                 raise

@@ -343,7 +343,7 @@ FILES = [
             ("store in", 11, "`build --store`", build_store),
             ("archive written to", 6, "`pack -o`", pack_into),
             ("archive unpacked to", 6, "`unpack -o`", unpack_into),
-            ("package signed in", 9, "`sign`", sign_in),
+            ("package signed in", 6, "`sign`", sign_in),
         )
     ),
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import handoff
 import pytest
 
 from pipeline import card, cli
@@ -18,7 +20,7 @@ from pipeline import card, cli
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "deploy" / "samples"
 QUESTION = 'The "quick"\tbrown fox \\ löwe'
-HEADERS = "QWEN_ONNX_GENAI_HEADERS"
+HEADERS, JAVA = "QWEN_ONNX_GENAI_HEADERS", "QWEN_ONNX_GENAI_JAVA"
 REAL = ROOT / "artifacts" / "qwen2.5-coder-0.5b-instruct-cpu-int4"
 Ask = Callable[[Path, str], str]
 
@@ -59,20 +61,34 @@ def _python(package: Path, question: str) -> str:
     return _said(sys.executable, SAMPLES / "chat.py", package, question)
 
 
+def _runtime() -> str:
+    """ONNX Runtime's library in its wheel, which the one of onnxruntime-genai looks for in ``ORT_LIB_PATH``."""
+    return str(next((_folder("onnxruntime") / "capi").glob("libonnxruntime.so.*")))
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """chat.cpp, compiled against the library of the wheel as its first lines say."""
-    compiler, headers = shutil.which("g++"), Path(os.environ.get(HEADERS, ""))
-    if not compiler:
+def compiler() -> Callable[[Path, Path], Path]:
+    """Compiles a source in C++ against the library of the wheel, as the first lines of chat.cpp say."""
+    program, headers = shutil.which("g++"), Path(os.environ.get(HEADERS, ""))
+    if not program:
         pytest.skip("there is no g++")
     if not (headers / "ort_genai.h").is_file():
         pytest.skip(f"the wheels have no headers: let {HEADERS} name the folder include/ of a release")
-    genai, runtime = _folder("onnxruntime_genai"), _folder("onnxruntime") / "capi"
-    library, program = genai / "libonnxruntime-genai.so", tmp_path_factory.mktemp("chat") / "chat"
+    genai = _folder("onnxruntime_genai")
     options = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-isystem", headers, f"-Wl,-rpath,{genai}"]
-    subprocess.run([compiler, *options, SAMPLES / "chat.cpp", library, "-o", program], check=True)
-    found = next(runtime.glob("libonnxruntime.so.*"))
-    return lambda package, question: _said(program, package, question, ORT_LIB_PATH=str(found))
+
+    def compile_source(source: Path, out: Path) -> Path:
+        subprocess.run([program, *options, source, genai / "libonnxruntime-genai.so", "-o", out], check=True)
+        return out
+
+    return compile_source
+
+
+@pytest.fixture(scope="module")
+def compiled(compiler: Callable[[Path, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    """chat.cpp."""
+    program = compiler(SAMPLES / "chat.cpp", tmp_path_factory.mktemp("chat") / "chat")
+    return lambda package, question: _said(program, package, question, ORT_LIB_PATH=_runtime())
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +132,39 @@ def test_the_sample_with_openais_client_answers_so_too(tiny_package: Path) -> No
     assert answer == _python(tiny_package, QUESTION)
 
 
+CARD_QUESTION = "Write a haiku about ONNX."
+
+
+def _of_card(language: str, package: Path) -> str:
+    """The program in a language that a model card shows, for a package."""
+    [program] = re.findall(rf"```{language}\n(.*?)```", card._languages({}, plugin=False), re.DOTALL)
+    return str(program).replace('"DIR"', json.dumps(str(package)))
+
+
+@pytest.mark.slow
+def test_what_a_card_shows_in_cpp_compiles_and_answers_so_too(
+    compiler: Callable[[Path, Path], Path], tiny_package: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "card.cpp").write_text(_of_card("cpp", tiny_package), encoding="utf-8")
+    program = compiler(tmp_path / "card.cpp", tmp_path / "card")
+    assert _said(program, ORT_LIB_PATH=_runtime()) == _python(tiny_package, CARD_QUESTION)
+
+
+@pytest.mark.slow
+def test_what_a_card_shows_in_java_compiles_and_answers_so_too(tiny_package: Path, tmp_path: Path) -> None:
+    classes = os.environ.get(JAVA, "")
+    if not shutil.which("javac") or not classes:
+        pytest.skip(f"no compiler for Java, or no {JAVA}: let it name onnxruntime-genai's jar")
+    imports, _, body = _of_card("java", tiny_package).partition("\n")
+    main = f"public class Card {{ public static void main(String[] words) throws Exception {{{body}}} }}"
+    (tmp_path / "Card.java").write_text(f"{imports}\n{main}\n", encoding="utf-8")
+    subprocess.run(["javac", "-cp", classes, "-d", tmp_path, tmp_path / "Card.java"], check=True)
+    options = ["-Dstdout.encoding=UTF-8", f"-Donnxruntime-genai.native.onnxruntime.path={_runtime()}"]
+    where = f"{classes}{os.pathsep}{tmp_path}"
+    answer = _said("java", *options, "-cp", where, "Card", ORT_LIB_PATH=_runtime())
+    assert answer == _python(tiny_package, CARD_QUESTION)
+
+
 @pytest.mark.real
 def test_the_samples_agree_on_the_default_package(node: Ask) -> None:
     question = "What is the capital of France? One word."
@@ -125,6 +174,25 @@ def test_the_samples_agree_on_the_default_package(node: Ask) -> None:
 @pytest.mark.real
 def test_the_sample_in_cpp_agrees_on_the_default_package(compiled: Ask) -> None:
     assert compiled(REAL, "What is the capital of France? One word.") == "Paris"
+
+
+@pytest.mark.slow
+def test_a_card_followed_to_the_letter_in_an_environment_with_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    package = ROOT / "tests" / "fixtures" / "packages" / "signable"
+    titles = [title for title, _ in handoff.steps((package / "README.md").read_text(encoding="utf-8"))]
+    assert [title.split()[0] for title in titles] == ["pip", "python", "the"]
+    assert handoff.main(package) == 0
+    said = capsys.readouterr().out
+    assert "replay" in said
+    assert all(title in said for title in titles)
+
+
+@pytest.mark.real
+def test_the_default_package_alone_is_verified_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert handoff.main(REAL) == 0
+    assert "ONNX" in capsys.readouterr().out.split("the program in Python")[-1]
 
 
 def test_no_language_shows_the_last_token_of_the_sequence_after_the_end() -> None:

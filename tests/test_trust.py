@@ -128,6 +128,30 @@ def test_a_signed_package_verifies_here_and_with_the_tools_of_others(signed: Pat
     assert run["builder"]["id"] == "urn:example:builder"
 
 
+def test_a_key_is_asked_for_wherever_a_package_leaves_and_arrives(
+    signed: Path, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stranger, archived, blobs = keys(tmp_path, "stranger")[1], tmp_path / "p.tar", tmp_path / "blobs"
+    ways = {
+        "packed": (["pack", str(signed), "-o", str(archived)], archived),
+        "unpacked": (["unpack", str(archived), "-o", str(tmp_path / "unpacked")], tmp_path / "unpacked"),
+        "exported": (["oci", "export", str(signed), str(blobs)], blobs),
+        "imported": (["oci", "import", str(blobs), "-o", str(tmp_path / "imported")], tmp_path / "imported"),
+    }
+    for arguments, made in ways.values():
+        assert cli.main([*arguments, "--key", str(stranger)]) == 9
+        assert "was not signed with that key" in capsys.readouterr().err
+        assert cli.main([*arguments, "--key", str(signed / "LICENSE")]) == 2
+        assert "is no public key" in capsys.readouterr().err
+        assert not made.exists()
+        assert cli.main([*arguments, "--key", str(pair[1])]) == 0
+    # What is at its place already is not taken for that of another.
+    for way in ("unpacked", "imported"):
+        assert cli.main([*ways[way][0], "--key", str(pair[1])]) == 0
+        assert cli.main([*ways[way][0], "--key", str(stranger)]) == 9
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_signing_again_replaces_both_and_a_damaged_package_is_not_signed(
     signed: Path, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

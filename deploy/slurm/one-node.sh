@@ -35,6 +35,7 @@ mkdir -m 700 "$home/munge"
 mkdir "$home/state" "$home/spool"
 chmod 755 "$home"
 (umask 077 && head -c 1024 /dev/urandom > "$home/munge/key")
+# Not nproc: it takes what OMP_NUM_THREADS says for the number of processors.
 cat > "$home/slurm.conf" << EOF
 ClusterName=one-node
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -62,7 +63,7 @@ SwitchType=switch/none
 ReturnToService=2
 MinJobAge=3600
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$(awk '/MemTotal/ {print int($2 / 1024 * 0.9)}' /proc/meminfo)
 PartitionName=all Nodes=$(hostname -s) Default=YES MaxTime=INFINITE State=UP
 EOF
 export SLURM_CONF="$home/slurm.conf"
