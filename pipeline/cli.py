@@ -10,20 +10,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import (
-    __version__,
-    adapter_commands,
-    bench_loop,
-    commands,
-    format_commands,
-    model_commands,
-    retrieval_commands,
-    serve_commands,
-    trust_commands,
-    workflow_commands,
+from pipeline import __version__, bench_loop
+from pipeline.commands import (
+    adapters as adapter_commands,
+    formats as format_commands,
+    main as commands,
+    models as model_commands,
+    retrieval as retrieval_commands,
+    serve as serve_commands,
+    trust as trust_commands,
+    workflow as workflow_commands,
 )
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
-from pipeline.provenance import BUILDER
+from pipeline.package.provenance import BUILDER
 
 Command = Callable[[argparse.Namespace], int]
 ARTIFACTS = Path("artifacts")
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone is still no traceback
         return code
     except QwenOnnxError as error:
-        from pipeline.report import show_error
+        from pipeline.builds.report import show_error
 
         show_error(error, getattr(options, "json", False))
         return error.exit_code

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import QwenOnnxError, RecipeError, RuntimeMissing, StageError
-from pipeline.target import CPU
+from pipeline.facts.target import CPU
 
 # Both libraries report home unless told otherwise before they are imported; Olive imports ONNX Runtime.
 os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"
@@ -170,13 +170,13 @@ PASSES: dict[str, OlivePass] = {
         nested=Nested("compress_config", lambda: {"ratio"}),
     ),
     "min_error": OlivePass(
-        "pipeline.blockwise_passes",
+        "pipeline.quantization.blockwise_passes",
         "BlockWiseMinErrorQuantization",
         ours=_OUR_PASS,
     ),
-    "w8a8": OlivePass("pipeline.blockwise_passes", "BlockWiseMinErrorQuantization", ours=_OUR_PASS),
+    "w8a8": OlivePass("pipeline.quantization.blockwise_passes", "BlockWiseMinErrorQuantization", ours=_OUR_PASS),
     "gptq": OlivePass(
-        "pipeline.blockwise_passes",
+        "pipeline.quantization.blockwise_passes",
         "BlockWiseGptqQuantization",
         ours=(*_OUR_PASS, "checkpoint", "calibration_windows", "rotate"),
     ),

@@ -18,13 +18,13 @@ class Task:
         name: as recipes spell it.
         tag: what model hubs call it.
         roles: of the weights that its graph has besides the body.
-        required, optional: its gates, fields of `pipeline.recipe.Gates`.
+        required, optional: its gates, fields of `pipeline.facts.recipe.Gates`.
         output: name and kind of the graph's output; a generating graph has the runtime's own.
         labels: tokens whose logits are the result; without any it is the normalized hidden state.
         before, after: what stands around each text, control tokens included.
         forms: how texts are put together, by name.
         instruction: what takes the place of ``{instruction}`` unless a caller has another.
-        tolerance: of the golden replay, see `pipeline.retrieval_replay.verdict`.
+        tolerance: of the golden replay, see `pipeline.package.retrieval_replay.verdict`.
     """
 
     name: str

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from pipeline import cli
-from pipeline.store import Store
+from pipeline.builds.store import Store
 
 STAGES = ["checkpoint", "export", "quantize", "validate", "package"]
 NAME = "tiny-cpu"

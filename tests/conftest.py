@@ -48,7 +48,7 @@ def vision_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[.
 @pytest.fixture(scope="session")
 def tiny_package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as Olive's ModelBuilder writes it, in float32, whose tokens are no near ties; read only."""
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     checkpoint = checkpoint_of("qwen2")
     folder = tmp_path_factory.mktemp("packages") / "tiny"

@@ -40,7 +40,8 @@ def write(folder: Path, name: str) -> None:
 
 def quantize(folder: Path) -> dict[str, float]:
     """Seconds for a million weights, and the peak memory in GB."""
-    from pipeline import bench_loop, blockwise, calibration, decoder, gptq
+    from pipeline import bench_loop
+    from pipeline.quantization import blockwise, calibration, decoder, gptq
 
     walk = calibration.Hessians(folder, WINDOWS)
     weights = dict(decoder.tensors(folder))

@@ -16,8 +16,9 @@ from builds import STAGES, Project
 from robustness_cases import Bench, Case, need
 from test_store import holder_of
 
-from pipeline import digest, verify
-from pipeline.store import Store
+from pipeline import digest
+from pipeline.builds.store import Store
+from pipeline.package import verify
 
 
 def _again(project: Project) -> str:

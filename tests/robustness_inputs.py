@@ -25,7 +25,9 @@ import tiny_package
 from robustness_cases import Bench, Case, need, refusal, told
 from test_verify_script import script
 
-from pipeline import archive, checkpoint, signing
+from pipeline.checkpoint import fetch as checkpoint
+from pipeline.formats import archive
+from pipeline.package import signing
 
 Tamper = Callable[[Path], Any]
 BOMB = "\n".join(["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 40)])

@@ -21,7 +21,7 @@ import test_chat
 from robustness_cases import Bench, Case, need, refusal, told
 from test_server import LONG, Server, asking, eventually, key, reachable
 
-from pipeline import chat
+from pipeline.runtime import chat
 
 CHAT = "/v1/chat/completions"
 

@@ -1,9 +1,9 @@
 """What serving costs: ``python tests/serve_bench.py PACKAGE`` on a machine that does nothing else.
 
-``overhead`` times the tokens of one answer four ways, in turns: the plain loop of `pipeline.generate.stream`, the steps
-of `pipeline.serve.answering` in the same process, the engine with its process, and the whole server over HTTP. Each is
-held against the loop of the same round, so that a machine whose speed drifts tells the same. ``turns`` times the first
-token of the second turn of a conversation, with what the first one left in the cache and without.
+``overhead`` times the tokens of one answer four ways, in turns: the plain loop of `pipeline.runtime.generate.stream`,
+the steps of `pipeline.serve.answering` in the same process, the engine with its process, and the whole server over
+HTTP. Each is held against the loop of the same round, so that a machine whose speed drifts tells the same. ``turns``
+times the first token of the second turn of a conversation, with what the first one left in the cache and without.
 
 Seconds of the processor are told beside those of the clock: they hardly depend on what else the machine does.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import psutil
 
-from pipeline import chat, generate, session
+from pipeline.runtime import chat, generate, session
 from pipeline.serve import answering
 from pipeline.serve.engine import Engine
 from pipeline.serve.events import Piece, Request

@@ -13,11 +13,17 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline import adapter_files, adapters, cli, generate, lora_files, metrics, plan, recipe, reference, speculation
-from pipeline import session as sessions
+from pipeline import cli
 from pipeline.artifact import Artifact, Estimate, Step
+from pipeline.builds import plan
+from pipeline.checkpoint import reference
 from pipeline.errors import CheckpointError, PackageError, StageError, UsageError
-from pipeline.session import Session
+from pipeline.facts import recipe
+from pipeline.fidelity import metrics
+from pipeline.lora import files as lora_files
+from pipeline.package import adapter_files
+from pipeline.runtime import adapters, generate, session as sessions, speculation
+from pipeline.runtime.session import Session
 
 IDS = list(range(3, 60))
 BASE = "b" * 64
@@ -67,9 +73,11 @@ def _graph(checkpoint: Path, folder: Path, form: str, exporter_name: str, dtype:
     """What the quantize stage leaves of a checkpoint: a graph, float or in 4 bits, and the files beside it."""
     import onnx
 
-    from pipeline import exporter, graph, graph_weights
-    from pipeline.external_data import ExternalDataWriter
-    from pipeline.scheme import WeightScheme
+    from pipeline.export import exporter
+    from pipeline.facts.scheme import WeightScheme
+    from pipeline.graph import edits as graph
+    from pipeline.graph.external_data import ExternalDataWriter
+    from pipeline.quantization import graph_weights
 
     work = folder / "exported"
     work.mkdir(parents=True)
@@ -125,7 +133,8 @@ def _reference(checkpoint: Path, package: Path) -> reference.Reference:
     """PyTorch with the weights of ``package``, read back where they are quantized."""
     from functools import partial
 
-    from pipeline import attribution, graph, sensitivity
+    from pipeline.graph import edits as graph
+    from pipeline.tuning import attribution, sensitivity
 
     loaded = reference.load(checkpoint)
     model = graph.load(package / "model.onnx")
@@ -197,7 +206,7 @@ def test_graphs_of_every_exporter_have_slots(
 
 @pytest.mark.slow
 def test_slots_are_no_weights_to_be_quantized(made: dict[str, tuple[Path, Path]]) -> None:
-    from pipeline import graph
+    from pipeline.graph import edits as graph
 
     quantized, package = (graph.load(folder / "model.onnx") for folder in made["float"])
     assert [weight.path for weight in graph.weights(package)] == [weight.path for weight in graph.weights(quantized)]
@@ -212,7 +221,7 @@ def test_validation_notices_an_adapter_that_is_ignored_or_is_another_one_however
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pipeline import text_agreement
+    from pipeline.fidelity import text_agreement
     from pipeline.stages import validate
 
     checkpoint = checkpoint_of("qwen2")
@@ -349,7 +358,7 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from pipeline import lora
+    from pipeline.lora import convert as lora
 
     package, folder = made["float"][1], tmp_path / "adapter"
     shutil.copytree(saved["first"], folder)
@@ -432,7 +441,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_tensors_that_the_runtime_would_stumble_over_later_are_refused_now(case: str, package: Path) -> None:
     import onnxruntime
 
-    from pipeline import lora
+    from pipeline.lora import convert as lora
 
     file = _file(package, "first")
     held = onnxruntime.AdapterFormat.read_adapter(str(file))

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import tiny_package
 
-from pipeline import archive, cli, tar
+from pipeline import cli
 from pipeline.errors import PackageError, ResourceError, UsageError
+from pipeline.formats import archive, tar
 
 
 @pytest.fixture(scope="module")

@@ -14,32 +14,19 @@ import pytest
 from test_wav import write
 from tiny_audio import BINS, change, tiny_audio_checkpoint
 
-from pipeline import (
-    audio_agreement,
-    audio_prompt,
-    audio_tower,
-    chat,
-    checkpoint,
-    cli,
-    exporter,
-    family,
-    fusion_graph,
-    generate,
-    graph,
-    media_agreement,
-    media_quantizer,
-    mel,
-    models,
-    multimodal,
-    package_config,
-    reference,
-    replay,
-    session,
-)
+from pipeline import cli
 from pipeline.artifact import GOLDEN
+from pipeline.checkpoint import fetch as checkpoint, reference
 from pipeline.errors import CheckpointError, PackageError, StageError, UsageError
-from pipeline.recipe import Gates
-from pipeline.scheme import Scheme
+from pipeline.export import exporter, fusion_graph
+from pipeline.facts import family, models, multimodal
+from pipeline.facts.recipe import Gates
+from pipeline.facts.scheme import Scheme
+from pipeline.fidelity import audio_agreement, media_agreement
+from pipeline.graph import edits as graph
+from pipeline.package import config as package_config, replay
+from pipeline.quantization import media_quantizer
+from pipeline.runtime import audio_prompt, audio_tower, chat, generate, mel, session
 from pipeline.stages.export import SIDECARS
 
 pytestmark = pytest.mark.slow
@@ -187,7 +174,7 @@ def test_a_token_of_sound_that_the_model_writes_is_a_word(
 def test_tokens_of_sound_without_sounds_are_words(tmp_path: Path) -> None:
     import onnxruntime
 
-    from pipeline.external_data import ExternalDataWriter
+    from pipeline.graph.external_data import ExternalDataWriter
 
     table = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     with ExternalDataWriter(tmp_path / "embedding.onnx.data") as writer:

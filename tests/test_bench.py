@@ -19,12 +19,20 @@ import yaml
 from builds import tiny_recipe
 from test_gguf import _write as write_gguf
 
-from pipeline import bench, bench_loop, bench_process, bench_quality, bench_run, cli, exporter, peers
+from pipeline import bench_loop, cli
 from pipeline.artifact import Manifest
-from pipeline.bench import Settings
+from pipeline.bench import (
+    compare as bench,
+    peers,
+    processes as bench_process,
+    quality as bench_quality,
+    run as bench_run,
+)
+from pipeline.bench.compare import Settings
+from pipeline.bench.peers import Absent, Subject
+from pipeline.builds.store import Store
 from pipeline.errors import GateError, PackageError, ResourceError, StageError, UsageError
-from pipeline.peers import Absent, Subject
-from pipeline.store import Store
+from pipeline.export import exporter
 
 ROOT = Path(__file__).parent.parent
 LLAMACPP = Path(os.environ.get(peers.VARIABLE) or ROOT / peers.DEFAULT)

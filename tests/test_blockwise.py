@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import blockwise
+from pipeline.quantization import blockwise
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 RANDOM = np.random.default_rng(7)

@@ -28,7 +28,8 @@ from builds import (
 )
 from tiny import tiny_qwen1
 
-from pipeline import digest, verify
+from pipeline import digest
+from pipeline.package import verify
 
 pytestmark = pytest.mark.slow
 

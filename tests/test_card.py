@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import card
+from pipeline.documents import card
 from pipeline.errors import StageError
 from pipeline.stages import package
 

@@ -9,12 +9,15 @@ from typing import Any, get_args
 
 import pytest
 
-from pipeline import catalogue, choose, cli, estimate, family, models, plan, recipe, sizes
+from pipeline import cli
+from pipeline.builds import plan
 from pipeline.errors import ResourceError, UsageError
-from pipeline.family import FAMILIES, Experts, Family, Shape
-from pipeline.models import COMMERCIAL, MODELS, STRENGTHS
-from pipeline.scheme import Scheme
-from pipeline.target import TARGETS
+from pipeline.facts import estimate, family, models, recipe, sizes
+from pipeline.facts.family import FAMILIES, Experts, Family, Shape
+from pipeline.facts.models import COMMERCIAL, MODELS, STRENGTHS
+from pipeline.facts.scheme import Scheme
+from pipeline.facts.target import TARGETS
+from pipeline.tuning import catalogue, choose
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"

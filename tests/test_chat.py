@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import chat, texts
 from pipeline.errors import PackageError, UsageError
+from pipeline.facts import texts
+from pipeline.runtime import chat
 
 HOSTILE = {
     "attributes of the interpreter": "{{ ''.__class__.__mro__[1].__subclasses__() }}",

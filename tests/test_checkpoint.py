@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, checkpoint_files
+from pipeline.checkpoint import fetch as checkpoint, files as checkpoint_files
 from pipeline.errors import CheckpointError
-from pipeline.family import read_shape
-from pipeline.multimodal import Layout
+from pipeline.facts.family import read_shape
+from pipeline.facts.multimodal import Layout
 
 _CONFIG: dict[str, Any] = {
     "model_type": "qwen2",

@@ -18,11 +18,12 @@ import pytest
 import yaml
 from builds import tiny_recipe
 
-from pipeline import cli, summary
+from pipeline import cli
 from pipeline.artifact import VALIDATION, Estimate, Step
+from pipeline.builds import summary
+from pipeline.builds.store import Store
 from pipeline.errors import GateError, StageError
-from pipeline.store import Store
-from pipeline.target import TARGETS
+from pipeline.facts.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 CI = ROOT / "deploy" / "ci"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, recipe
-from pipeline.target import TARGETS
+from pipeline import cli
+from pipeline.facts import recipe
+from pipeline.facts.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = "recipes/qwen2.5-coder-0.5b-instruct/cpu-int4.yaml"

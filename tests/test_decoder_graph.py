@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import decoder_graph, exporter, generate, reference, session
+from pipeline.checkpoint import reference
 from pipeline.errors import StageError
+from pipeline.export import decoder_graph, exporter
+from pipeline.runtime import generate, session
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,8 @@ import pytest
 import yaml
 from test_server import KEY, serving
 
-from pipeline import cli, serve_commands
+from pipeline import cli
+from pipeline.commands import serve as serve_commands
 from pipeline.serve import security
 
 DEPLOY = Path(__file__).parents[1] / "deploy"

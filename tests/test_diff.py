@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import tiny_package
 
-from pipeline import cli, diff_report, diff_rules, onnx_references, release_diff
+from pipeline import cli
+from pipeline.diff import releases as release_diff, rules as diff_rules, table as diff_report
 from pipeline.errors import PackageError
+from pipeline.package import onnx_references
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "diff.md"
 Change = Callable[[Path], dict[str, Any]]

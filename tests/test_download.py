@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from hub import COMMIT, Hub, serve
 
-from pipeline import checkpoint, checkpoint_files, download
+from pipeline.checkpoint import download, fetch as checkpoint, files as checkpoint_files
 from pipeline.errors import CheckpointError, DownloadError
-from pipeline.recipe import Checkpoint
+from pipeline.facts.recipe import Checkpoint
 
 pytestmark = pytest.mark.slow  # a process for each fetch
 
@@ -178,7 +178,7 @@ import json, sys
 from pathlib import Path
 from pipeline import checkpoint
 from pipeline.errors import QwenOnnxError
-from pipeline.recipe import Checkpoint
+from pipeline.facts.recipe import Checkpoint
 checkpoint.PAUSE = 0.0
 try:
     folder = Path(sys.argv[1])

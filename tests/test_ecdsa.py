@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import ecdsa
+from pipeline.package import ecdsa
 
 pytest.importorskip("cryptography")
 from cryptography.exceptions import InvalidSignature

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import decoder_graph
-from pipeline.decoder_graph import Embedded
-from pipeline.external_data import ExternalDataWriter
-from pipeline.tensors import Tensors
+from pipeline.checkpoint.tensors import Tensors
+from pipeline.export import decoder_graph
+from pipeline.export.decoder_graph import Embedded
+from pipeline.graph.external_data import ExternalDataWriter
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

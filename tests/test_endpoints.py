@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from test_server import Server, eventually, serving
 
-from pipeline import chat, generate, retrieval, session
-from pipeline.pictures import Drawn
-from pipeline.sampling import Sampling
+from pipeline.fidelity.pictures import Drawn
+from pipeline.runtime import chat, generate, retrieval, session
+from pipeline.runtime.sampling import Sampling
 
 openai = pytest.importorskip("openai")
 pytestmark = [
@@ -97,7 +97,7 @@ def tiny(tiny_package: Path) -> Iterator[Tiny]:
 @pytest.fixture(scope="module")
 def thinking(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     """A model that can think or not."""
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     checkpoint = checkpoint_of("qwen3")
     folder = tmp_path_factory.mktemp("thinking") / "tiny"
@@ -349,7 +349,8 @@ def _retrieving(task: str, folder: Path, checkpoint_of: Callable[..., Path]) -> 
     from test_gpu import run
     from test_retrieval import write_recipe
 
-    from pipeline import plan, recipe
+    from pipeline.builds import plan
+    from pipeline.facts import recipe
 
     artifacts: dict[str, Any] = {}
     for step in plan.make(recipe.load(write_recipe(folder, checkpoint_of("qwen3", task == "embed"), task, "float"))):
@@ -424,7 +425,7 @@ def adapted(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 
 def test_adapters_answer_under_their_own_names(adapted: Tiny) -> None:
-    from pipeline import adapters
+    from pipeline.runtime import adapters
 
     assert [model.id for model in adapted.client.models.list()] == ["tiny", "tiny:first", "tiny:second"]
     assert adapted.client.models.retrieve("tiny:second").model_dump()["parent"] == "tiny"
@@ -440,7 +441,7 @@ def test_adapters_answer_under_their_own_names(adapted: Tiny) -> None:
 
 
 def test_what_the_models_process_refuses_at_first_has_a_status_of_its_own(adapted: Tiny) -> None:
-    from pipeline import adapters
+    from pipeline.runtime import adapters
 
     adapters.find(adapted.package, "first").unlink()  # it has not been loaded yet
     for call in (adapted.chat, adapted.complete):
@@ -539,8 +540,7 @@ def test_answers_that_are_asked_for_together(tiny: Tiny) -> None:
 
 def test_answers_that_are_dropped_or_crowded_out_in_this_process(tiny_package: Path) -> None:
     """Chunks that nobody reads, nor closes, are given up; a batch waits for room as long as a request may take."""
-    from pipeline.serve import chat as conversation
-    from pipeline.serve import completions, models, protocol, worker
+    from pipeline.serve import chat as conversation, completions, models, protocol, worker
     from pipeline.serve.engine import Limits
     from pipeline.serve.refusals import TimedOut
 

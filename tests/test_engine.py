@@ -13,18 +13,16 @@ from typing import Any
 
 import pytest
 
-from pipeline import chat, generate
-from pipeline import session as sessions
 from pipeline.errors import PackageError, UsageError
-from pipeline.sampling import Sampling
-from pipeline.serve import answering, slots
-from pipeline.serve import engine as engines
+from pipeline.runtime import chat, generate, session as sessions
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.session import Session
+from pipeline.serve import answering, engine as engines, slots
 from pipeline.serve.answering import Stops
 from pipeline.serve.engine import Engine, Limits
 from pipeline.serve.events import LENGTH, STOP, End, Piece, Prefilled, Request, request_of
 from pipeline.serve.refusals import Busy, TimedOut, Unavailable
 from pipeline.serve.worker import Options
-from pipeline.session import Session
 
 PROMPT = (5, 17, 40, 8, 99, 23)
 

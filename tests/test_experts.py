@@ -13,30 +13,21 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline import (
-    blockwise,
-    calibration,
-    checkpoint_files,
-    digest,
-    expert_agreement,
-    expert_weights,
-    exporter,
-    external_data,
-    generate,
-    graph,
-    metrics,
-    plan,
-    quantizer,
-    recipe,
-    reference,
-    session,
-)
+from pipeline import digest
 from pipeline.artifact import Artifact, Step
+from pipeline.builds import plan
+from pipeline.checkpoint import files as checkpoint_files, reference
 from pipeline.errors import CheckpointError, RecipeError, StageError
-from pipeline.expert_forms import fused_problem
-from pipeline.family import Experts, Shape
-from pipeline.scheme import Scheme
-from pipeline.target import TARGETS
+from pipeline.export import exporter
+from pipeline.facts import recipe
+from pipeline.facts.expert_forms import fused_problem
+from pipeline.facts.family import Experts, Shape
+from pipeline.facts.scheme import Scheme
+from pipeline.facts.target import TARGETS
+from pipeline.fidelity import expert_agreement, metrics
+from pipeline.graph import edits as graph, external_data
+from pipeline.quantization import blockwise, calibration, expert_weights, quantizer
+from pipeline.runtime import generate, session
 
 FAMILIES = ("qwen2_moe", "qwen3_moe")
 PROMPT = list(range(5, 13))

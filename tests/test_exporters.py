@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import catalogue, exporters
-from pipeline.family import Shape
-from pipeline.target import TARGETS
+from pipeline.facts import exporters
+from pipeline.facts.family import Shape
+from pipeline.facts.target import TARGETS
+from pipeline.tuning import catalogue
 
 
 def _shape(name: str) -> Shape:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import positions
 from pipeline.errors import CheckpointError
-from pipeline.family import FAMILIES, Experts, Shape, read_shape
+from pipeline.facts import positions
+from pipeline.facts.family import FAMILIES, Experts, Shape, read_shape
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",

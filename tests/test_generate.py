@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import chat, cli, generate
-from pipeline import session as sessions
+from pipeline import cli
 from pipeline.errors import PackageError, UsageError
-from pipeline.generate import TextStream
-from pipeline.sampling import Sampling
-from pipeline.session import Session
+from pipeline.runtime import chat, generate, session as sessions
+from pipeline.runtime.generate import TextStream
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.session import Session
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_stream_decodes_no_token_twice() -> None:
 @pytest.fixture(scope="module")
 def package(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model as Olive's ModelBuilder writes it, in float32, which picks its tokens without near ties."""
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     checkpoint = checkpoint_of("qwen2")
     folder = tmp_path_factory.mktemp("package")

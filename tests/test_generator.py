@@ -21,8 +21,8 @@ import pytest
 from test_retrieval import checkpoints, made  # noqa: F401 - fixtures
 from test_server import eventually
 
-from pipeline import retrieval
 from pipeline.errors import PackageError, QwenOnnxError, UsageError
+from pipeline.runtime import retrieval
 from pipeline.serve import Generator
 from pipeline.serve.engine import Limits
 from pipeline.serve.protocol import ChatCompletion, Completion

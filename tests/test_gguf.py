@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint, gguf
+from pipeline.checkpoint import fetch as checkpoint, gguf
 from pipeline.errors import CheckpointError
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import blockwise, calibration, gptq, reference, texts
+from pipeline.checkpoint import reference
 from pipeline.errors import StageError
+from pipeline.facts import texts
+from pipeline.quantization import blockwise, calibration, gptq
 
 pytestmark = pytest.mark.slow
 

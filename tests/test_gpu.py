@@ -19,27 +19,21 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from pipeline import (
-    blockwise,
-    digest,
-    generate,
-    gptq,
-    graph,
-    graph_weights,
-    metrics,
-    package_config,
-    plan,
-    recipe,
-    reference,
-    replay,
-)
-from pipeline import session as sessions
+from pipeline import digest
 from pipeline.artifact import CHECKSUMS, MANIFEST, Artifact, Step
+from pipeline.builds import plan
+from pipeline.checkpoint import reference
+from pipeline.checkpoint.reference import Reference
 from pipeline.errors import PackageError, RuntimeMissing, StageError
-from pipeline.external_data import ExternalDataWriter, read_tensor
-from pipeline.reference import Reference
-from pipeline.scheme import WeightScheme
-from pipeline.target import TARGETS
+from pipeline.facts import recipe
+from pipeline.facts.scheme import WeightScheme
+from pipeline.facts.target import TARGETS
+from pipeline.fidelity import metrics
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import ExternalDataWriter, read_tensor
+from pipeline.package import config as package_config, replay
+from pipeline.quantization import blockwise, gptq, graph_weights
+from pipeline.runtime import generate, session as sessions
 
 pytestmark = [
     # What the exporter says of itself.
@@ -306,7 +300,7 @@ def with_manifest(source: Path, folder: Path, name: str, checkpoint: Path) -> Pa
 def test_a_provider_that_is_not_there_says_what_to_install(
     name: str, made: Make, checkpoint_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from pipeline import machine
+    from pipeline.facts import machine
 
     if machine.execution(TARGETS[name]).provider == TARGETS[name].provider:
         pytest.skip("it is there")

@@ -10,10 +10,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pipeline import blockwise, graph, graph_weights
 from pipeline.errors import StageError
-from pipeline.external_data import ALIGNMENT, ExternalDataWriter, read_tensor, stored_bits
-from pipeline.scheme import WeightScheme
+from pipeline.facts.scheme import WeightScheme
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import ALIGNMENT, ExternalDataWriter, read_tensor, stored_bits
+from pipeline.package.onnx_references import LAST_LOGITS
+from pipeline.quantization import blockwise, graph_weights
 
 VOCABULARY, HIDDEN = 48, 64
 EMBEDDING, BODY, HEAD = "model.embed_tokens", "model.layers.0.mlp.up_proj", "lm_head"
@@ -114,9 +116,9 @@ def test_a_pruned_head_gives_the_last_tokens_logits_and_pruning_can_be_undone(tm
     graph.prune_head(model, tokens)
     assert run(tmp_path, model) == pytest.approx(whole[:, -1:], rel=1e-5, abs=1e-2)
     assert [dim.dim_value or dim.dim_param for dim in model.graph.output[0].type.tensor_type.shape.dim][1:] == [1, 48]
-    assert (graph.LAST_LOGITS in graph.interface(model)[1]) is (tokens > 1)
+    assert (LAST_LOGITS in graph.interface(model)[1]) is (tokens > 1)
     if tokens > 1:
-        found = run(tmp_path, model, graph.LAST_LOGITS)
+        found = run(tmp_path, model, LAST_LOGITS)
         assert found == pytest.approx(whole[:, -tokens:], rel=1e-5, abs=1e-2)
 
     assert graph.unprune_head(model)

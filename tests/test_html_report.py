@@ -19,11 +19,13 @@ import browser
 import pytest
 from test_verify import CONFIG, GOOD, external, model
 
-from pipeline import card, cli, digest, html_report, index, measured, package_files, svg, verify
+from pipeline import cli, digest
 from pipeline.artifact import CHECKSUMS, MANIFEST, VALIDATION, Artifact, Estimate, Step
+from pipeline.documents import card, html_report, index, measured, svg
+from pipeline.documents.html_report import REPORT
+from pipeline.documents.index import INDEX
 from pipeline.errors import ResourceError, UsageError
-from pipeline.html_report import REPORT
-from pipeline.index import INDEX
+from pipeline.package import contents as package_files, verify
 from pipeline.stages import package as stage
 
 # What a model, a recipe or a file name might say to become markup, to break out of it, or to hide.

@@ -11,8 +11,9 @@ import pytest
 import tiny_package
 from tiny import CHAT_TEMPLATE, THINKING_TEMPLATE
 
-from pipeline import cli, layouts
+from pipeline import cli
 from pipeline.errors import PackageError, QwenOnnxError, UsageError
+from pipeline.formats import layouts
 
 
 @pytest.fixture(scope="module")

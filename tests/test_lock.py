@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from hub import COMMIT, Hub, serve
 
-from pipeline import checkpoint_files, lock, plan, recipe
+from pipeline.builds import lock, plan
+from pipeline.builds.lock import Lock
+from pipeline.checkpoint import files as checkpoint_files
 from pipeline.errors import CheckpointError, RecipeError
-from pipeline.lock import Lock
+from pipeline.facts import recipe
 
 SHA256 = "ab" * 32
 SHOWN = f"revision: {COMMIT}"

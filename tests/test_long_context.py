@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from test_olive import artifact, quiet, run_export, step
 
-from pipeline import generate, long_context, reference
-from pipeline import session as sessions
 from pipeline.artifact import Artifact
+from pipeline.checkpoint import reference
 from pipeline.errors import CheckpointError
-from pipeline.stages import checkpoint as checkpoint_stage
-from pipeline.stages import package
+from pipeline.fidelity import long_context
+from pipeline.runtime import generate, session as sessions
+from pipeline.stages import checkpoint as checkpoint_stage, package
 
 pytestmark = [
     pytest.mark.slow,

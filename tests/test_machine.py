@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cli, machine
-from pipeline.target import CPU, TARGETS
+from pipeline import cli
+from pipeline.facts import machine
+from pipeline.facts.target import CPU, TARGETS
 
 ROOT = Path(__file__).parent.parent
 needs_compiler = pytest.mark.skipif(
@@ -79,7 +80,7 @@ def with_driver(folder: Path, name: str, status: int = 0, gpus: int = 1, counted
     source.write_text(DRIVER.format(status=status, gpus=gpus, counted=counted), encoding="utf-8")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(source)], check=True)
     code = (
-        "import json, sys\nfrom dataclasses import asdict\nfrom pipeline import machine, target\n"
+        "import json, sys\nfrom dataclasses import asdict\nfrom pipeline.facts import machine, target\n"
         "print(json.dumps(asdict(machine.execution(target.TARGETS[sys.argv[1]]))))"
     )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}

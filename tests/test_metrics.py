@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import metrics
+from pipeline.fidelity import metrics
 
 
 def _log(*rows: list[float]) -> Any:

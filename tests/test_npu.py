@@ -21,14 +21,19 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_replay import script
 
-from pipeline import cli, graph, npu_agreement, onnx_references, qnn, recipe, replay, static_quantizer, verify
+from pipeline import cli
 from pipeline.artifact import GOLDEN, Artifact
+from pipeline.builds.store import Store
+from pipeline.checkpoint.reference import Reference
 from pipeline.errors import RecipeError, RuntimeMissing, StageError
-from pipeline.external_data import read_tensor
-from pipeline.reference import Reference
-from pipeline.static_export import NPU_STAGES, STAGES
-from pipeline.store import Store
-from pipeline.target import QNN
+from pipeline.facts import recipe
+from pipeline.facts.target import QNN
+from pipeline.fidelity import npu_agreement
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import read_tensor
+from pipeline.npu import qnn, static_quantizer
+from pipeline.npu.static_export import NPU_STAGES, STAGES
+from pipeline.package import onnx_references, replay, verify
 
 ROOT = Path(__file__).parent.parent
 BASES = ROOT / "recipes" / "_base"
@@ -480,7 +485,7 @@ def test_without_the_plugin_it_is_named_with_what_to_install(built: Builds) -> N
 
     code = (
         "import sys\nfrom pathlib import Path\nsys.modules['onnxruntime_qnn'] = None\n"
-        "from pipeline import qnn\nfrom pipeline.errors import RuntimeMissing\n"
+        "from pipeline.npu import qnn\nfrom pipeline.errors import RuntimeMissing\n"
         "try: qnn.session(Path(sys.argv[1]), qnn.options('sc8380xp'))\nexcept RuntimeMissing as error: print(error)"
     )
     command = [sys.executable, "-c", code, str(package / "head.onnx")]

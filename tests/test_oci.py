@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import tiny_package
 
-from pipeline import cli, digest, oci_image, oci_layout
+from pipeline import cli, digest
 from pipeline.errors import DownloadError, PackageError, UsageError
+from pipeline.formats import oci_image, oci_layout
 
 # The password "secret" of the user "app".
 _USERS = "app:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
@@ -225,7 +226,7 @@ def test_pushed_and_pulled_through_a_registry(
 
 
 def test_a_pull_goes_on_where_it_was_cut_off(package: Path, registry: str, tmp_path: Path) -> None:
-    from pipeline import oci_registry
+    from pipeline.formats import oci_registry
 
     reference = f"{registry}/models/cut:v1"
     oci_registry.push(package, reference, plain=True)
@@ -242,7 +243,7 @@ def test_a_pull_goes_on_where_it_was_cut_off(package: Path, registry: str, tmp_p
 
 
 def test_wrong_bytes_of_the_right_size_are_refused(package: Path, tmp_path: Path) -> None:
-    from pipeline import oci_registry
+    from pipeline.formats import oci_registry
 
     process, address = serve(tmp_path)
     try:
@@ -262,7 +263,7 @@ def test_wrong_bytes_of_the_right_size_are_refused(package: Path, tmp_path: Path
 
 
 def test_a_registry_that_wants_users_to_sign_in(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import oci_registry
+    from pipeline.formats import oci_registry
 
     process, address = serve(tmp_path, users=True)
     try:

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from test_tune import RECIPE
 
-from pipeline import blockwise, cli, gguf_export, off_grid, reference
+from pipeline import cli
+from pipeline.checkpoint import reference
+from pipeline.checkpoint.tensors import Tensors
 from pipeline.errors import UsageError
-from pipeline.tensors import Tensors
+from pipeline.export import gguf_export
+from pipeline.quantization import blockwise
+from pipeline.tuning import off_grid
 
 pytestmark = pytest.mark.slow
 

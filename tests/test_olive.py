@@ -11,14 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import exporter, generate, graph, graph_weights, metrics, olive, quantizer, reference, texts
-from pipeline import session as sessions
+from pipeline import olive
 from pipeline.artifact import Artifact, Estimate, Progress, Step
+from pipeline.checkpoint import reference
+from pipeline.checkpoint.reference import Reference
 from pipeline.errors import RecipeError, StageError
-from pipeline.external_data import read_tensor
-from pipeline.reference import Reference
-from pipeline.scheme import Scheme
-from pipeline.session import Session
+from pipeline.export import exporter
+from pipeline.facts import texts
+from pipeline.facts.scheme import Scheme
+from pipeline.fidelity import metrics
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import read_tensor
+from pipeline.quantization import graph_weights, quantizer
+from pipeline.runtime import generate, session as sessions
+from pipeline.runtime.session import Session
 
 pytestmark = [
     pytest.mark.slow,
@@ -302,7 +308,7 @@ def test_progress_of_our_own_pass_names_the_weights(exported: Exports, tmp_path:
 def test_every_position_can_be_measured_whatever_became_of_the_head(
     name: str, exported: Exports, torch_model: Any, tmp_path: Path
 ) -> None:
-    from pipeline import text_agreement
+    from pipeline.fidelity import text_agreement
 
     made = run_quantize(exported("qwen2", "genai"), tmp_path / "out", **ALGORITHMS[name][0])
     twin = sessions.open_package(text_agreement.whole_prompt_twin(made.path, tmp_path / "twin"))
@@ -318,7 +324,7 @@ def test_every_position_can_be_measured_whatever_became_of_the_head(
 def test_gptq_is_nearer_to_the_reference_than_rounding_and_makes_the_same_bytes_again(
     case: tuple[str, str], exported: Exports, torch_model: Any, tmp_path: Path
 ) -> None:
-    from pipeline import text_agreement
+    from pipeline.fidelity import text_agreement
 
     model = torch_model(case[0])
     ids = model.tokenizer(texts.EVALUATION.read()["english"], verbose=False)["input_ids"][:400]

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, helper
 
-from pipeline import onnx_references
+from pipeline.package import onnx_references
 
 
 def _external(name: str, location: str, **more: str) -> TensorProto:

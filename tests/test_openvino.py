@@ -21,28 +21,18 @@ import pytest
 from onnx import TensorProto, helper
 from test_replay import script
 
-from pipeline import (
-    cli,
-    generate,
-    isolated,
-    machine,
-    olive,
-    openvino,
-    package_config,
-    package_graphs,
-    plan,
-    recipe,
-    reference,
-    replay,
-    report,
-    verify,
-)
-from pipeline import session as sessions
+from pipeline import cli, olive
 from pipeline.artifact import Artifact
+from pipeline.builds import plan, report
+from pipeline.builds.store import Store
+from pipeline.checkpoint import reference
 from pipeline.errors import PackageError, RecipeError, RuntimeMissing, StageError
-from pipeline.scheme import Scheme
-from pipeline.store import Store
-from pipeline.target import TARGETS
+from pipeline.facts import machine, recipe
+from pipeline.facts.scheme import Scheme
+from pipeline.facts.target import TARGETS
+from pipeline.npu import isolated, openvino
+from pipeline.package import config as package_config, graphs as package_graphs, replay, verify
+from pipeline.runtime import generate, session as sessions
 
 ROOT = Path(__file__).parent.parent
 BASES = ROOT / "recipes" / "_base"

@@ -519,7 +519,7 @@ def served(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """The address of the real server, with a tiny model that can think or not; it asks for `KEY`."""
     if browser.BINARY is None:
         pytest.skip("no Chromium on PATH")
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     checkpoint = checkpoint_of("qwen3")
     folder = tmp_path_factory.mktemp("served") / "tiny"

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import plan, recipe
+from pipeline.builds import plan
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.target import TARGETS
+from pipeline.facts import recipe
+from pipeline.facts.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = recipe.find(ROOT / "recipes")

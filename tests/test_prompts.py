@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import chat
-from pipeline.pictures import Drawn
+from pipeline.fidelity.pictures import Drawn
+from pipeline.runtime import chat
 from pipeline.serve import conversations, prompts
 from pipeline.serve.engine import Engine
 from pipeline.serve.models import Model

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tiny import QWEN1_CONFIG, tiktoken_file, tiny_qwen1
 
-from pipeline import checkpoint, checkpoint_files, qwen1_tokenizer
+from pipeline.checkpoint import fetch as checkpoint, files as checkpoint_files, qwen1_tokenizer
 from pipeline.errors import CheckpointError
-from pipeline.family import Shape, read_shape
+from pipeline.facts.family import Shape, read_shape
 
 BYTES = [bytes([byte]) for byte in range(256)]
 
@@ -241,7 +241,7 @@ def test_the_tokenizer_gives_the_ids_of_its_ranks(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from pipeline import texts
+    from pipeline.facts import texts
 
     _, out, _ = converted
     found = AutoTokenizer.from_pretrained(out)

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline import cli, digest, package_files, plan, rebuild
+from pipeline import cli, digest
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE, Manifest, read_manifest
+from pipeline.builds import plan, rebuild
 from pipeline.errors import CheckpointError, RuntimeMissing, UsageError
+from pipeline.package import contents as package_files
 
 ROOT = Path(__file__).parents[1]
 WHERE = Path("package") / MANIFEST

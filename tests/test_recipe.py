@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import recipe, strict_yaml
 from pipeline.errors import RecipeError
-from pipeline.scheme import Scheme
+from pipeline.facts import recipe, strict_yaml
+from pipeline.facts.scheme import Scheme
 
 EXPERTS = "{count: 4, per_token: 2, intermediate: 8}"
 SCHEME = "{bits: 8, block_size: 32, symmetric: true}"

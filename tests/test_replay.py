@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from test_gpu import BASES, run, steps_of
 
-from pipeline import cli, golden, graph, machine, replay
-from pipeline import session as sessions
+from pipeline import cli
 from pipeline.artifact import GOLDEN, MANIFEST, Artifact
-from pipeline.external_data import read_tensor
-from pipeline.target import TARGETS
+from pipeline.facts import machine
+from pipeline.facts.target import TARGETS
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import read_tensor
+from pipeline.package import replay
+from pipeline.runtime import golden, session as sessions
 
 pytestmark = [
     # What the exporter says of itself.
@@ -174,7 +177,8 @@ def test_the_same_machine_gives_the_same_answers_with_the_same_probabilities(
 @pytest.mark.slow
 def test_fed_tokens_have_the_probabilities_of_the_whole_text(packages: dict[str, Path]) -> None:
     """Token by token or from logits of every position at once: the same figure, computed in another way."""
-    from pipeline import generate, metrics
+    from pipeline.fidelity import metrics
+    from pipeline.runtime import generate
 
     opened = sessions.open_package(packages["cuda"], provider="cpu")
     prompt, tokens = lines_of(packages["cuda"])[0]["prompt"], [7, 300, 42, 42, 511]  # which it would not say
@@ -237,7 +241,7 @@ def test_a_package_for_other_hardware_says_so_and_runs_on_the_processor_when_ask
 
 @pytest.mark.slow
 def test_what_was_measured_elsewhere_is_labelled_so_wherever_it_is_told(packages: dict[str, Path]) -> None:
-    from pipeline import report
+    from pipeline.builds import report
 
     here, row = machine.execution(TARGETS["cuda"]), TARGETS["cuda"]
     if here.provider == row.provider:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import errors, report
+from pipeline import errors
 from pipeline.artifact import Artifact, Estimate, Need, Step
+from pipeline.builds import report
 
 STEP = Step("quantize", "f" * 64, {}, (), {}, Estimate(10**9, 10**8, 60))
 ARTIFACT = Artifact(

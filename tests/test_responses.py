@@ -61,8 +61,7 @@ CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"
 
 def checked(events: list[Event]) -> Response:
     """The response at the end of events, each of which is one of OpenAI's, in an order that is one of theirs."""
-    from openai.types.responses import Response as Theirs
-    from openai.types.responses import ResponseStreamEvent
+    from openai.types.responses import Response as Theirs, ResponseStreamEvent
 
     theirs: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     for event in events:
@@ -434,7 +433,7 @@ def test_an_answer_that_fails_on_the_way_says_so_in_its_last_event(tiny_package:
 @pytest.fixture(scope="module")
 def thinking(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
     """A tiny model whose template opens the block of thoughts."""
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     checkpoint, folder = checkpoint_of("qwen3"), tmp_path_factory.mktemp("responses") / "thinking"
     folder.mkdir()

@@ -18,24 +18,17 @@ import numpy as np
 import pytest
 from test_gpu import run
 
-from pipeline import (
-    cli,
-    golden,
-    graph,
-    headless,
-    package_config,
-    plan,
-    recipe,
-    retrieval,
-    retrieval_agreement,
-    retrieval_config,
-    retrieval_replay,
-    texts,
-    verify,
-)
+from pipeline import cli
 from pipeline.artifact import GOLDEN, MANIFEST, VALIDATION, Artifact
+from pipeline.builds import plan
+from pipeline.checkpoint import headless
 from pipeline.errors import CheckpointError, PackageError, UsageError
-from pipeline.retrieval import Retriever
+from pipeline.facts import recipe, texts
+from pipeline.fidelity import retrieval_agreement
+from pipeline.graph import edits as graph
+from pipeline.package import config as package_config, retrieval_config, retrieval_replay, verify
+from pipeline.runtime import golden, retrieval
+from pipeline.runtime.retrieval import Retriever
 from pipeline.task import TASKS
 
 pytestmark = [

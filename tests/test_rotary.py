@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import rotary
+from pipeline.export import rotary
 
 POSITIONS, HEAD = 4096, 64
 

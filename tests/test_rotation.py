@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import reference, rotation
+from pipeline.checkpoint import reference
+from pipeline.quantization import rotation
 
 pytestmark = pytest.mark.slow
 

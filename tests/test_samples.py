@@ -15,7 +15,8 @@ from pathlib import Path
 import handoff
 import pytest
 
-from pipeline import card, cli
+from pipeline import cli
+from pipeline.documents import card
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "deploy" / "samples"

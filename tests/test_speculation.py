@@ -13,13 +13,17 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline import chat, cli, exporter, generate, graph, lookup_bench, onnx_references, speculation
-from pipeline import session as sessions
+from pipeline import cli
+from pipeline.bench import lookup as lookup_bench
 from pipeline.errors import UsageError
-from pipeline.graph import LAST_LOGITS
-from pipeline.sampling import Sampling
-from pipeline.session import Session
-from pipeline.speculation import LONGEST, Counts, Lookup
+from pipeline.export import exporter
+from pipeline.graph import edits as graph
+from pipeline.package import onnx_references
+from pipeline.package.onnx_references import LAST_LOGITS
+from pipeline.runtime import chat, generate, session as sessions, speculation
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.session import Session
+from pipeline.runtime.speculation import LONGEST, Counts, Lookup
 
 NEVER = 511  # an end token that the tiny model does not come up with: answers end at their limit
 PROMPT = [5, 17, 40, 8, 23, 61, 5, 17, 40]

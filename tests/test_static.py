@@ -14,15 +14,19 @@ import numpy as np
 import onnx
 import pytest
 
-from pipeline import generate, graph, metrics, replay, rotation, static_decoder, static_export, static_session
-from pipeline import reference as references
-from pipeline import session as sessions
+from pipeline.checkpoint import reference as references
 from pipeline.errors import StageError, UsageError
-from pipeline.session import Session
-from pipeline.static_session import Stages
+from pipeline.fidelity import metrics
+from pipeline.graph import edits as graph
+from pipeline.npu import static_decoder, static_export, static_session
+from pipeline.npu.static_session import Stages
+from pipeline.package import replay
+from pipeline.quantization import rotation
+from pipeline.runtime import generate, session as sessions
+from pipeline.runtime.session import Session
 
 if TYPE_CHECKING:
-    from pipeline.reference import Reference
+    from pipeline.checkpoint.reference import Reference
 
 pytestmark = pytest.mark.slow
 

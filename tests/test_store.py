@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.artifact import Artifact, Estimate, Step
+from pipeline.builds.store import Store
 from pipeline.errors import StoreError
-from pipeline.store import Store
 
 _KEY, _OTHER = "a" * 64, "b" * 64
 
@@ -34,7 +34,7 @@ def _publish(store: Store, key: str = _KEY, stage: str = "export", text: str = "
 
 def _child(script: str, *arguments: object) -> subprocess.Popen[str]:
     """Another process that runs ``script``; ``root`` and ``key`` are its arguments."""
-    head = "import sys, time\nfrom pathlib import Path\nfrom pipeline.store import Store\n"
+    head = "import sys, time\nfrom pathlib import Path\nfrom pipeline.builds.store import Store\n"
     head += "root, key = Path(sys.argv[1]), sys.argv[2]\nstore = Store(root)\n"
     command = [sys.executable, "-c", head + script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -189,7 +189,7 @@ def test_collect_removes_what_is_not_kept_and_leaves_running_builds_alone(tmp_pa
 
 
 def test_collect_leaves_a_running_download_alone(tmp_path: Path) -> None:
-    script = "from pipeline import download\nwith download.exclusive(root / 'downloads', lambda: None):\n"
+    script = "from pipeline.checkpoint import download\nwith download.exclusive(root / 'downloads', lambda: None):\n"
     script += "    print('held', flush=True)\n    sys.stdin.read()\n"
     store = Store(tmp_path)
     holder = _child(script, tmp_path, _KEY)

@@ -10,10 +10,11 @@ from typing import get_args
 
 import pytest
 
-from pipeline import plan, recipe, target
+from pipeline.builds import plan
 from pipeline.errors import RecipeError
-from pipeline.scheme import Scheme
-from pipeline.target import TARGETS
+from pipeline.facts import recipe, target
+from pipeline.facts.scheme import Scheme
+from pipeline.facts.target import TARGETS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = recipe.find(ROOT / "recipes")

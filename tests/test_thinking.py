@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from tiny import CHAT_TEMPLATE, THINKING_TEMPLATE
 
-from pipeline import chat, cli, generate, session, template, texts, thinking
+from pipeline import cli
 from pipeline.errors import UsageError
-from pipeline.generate import TextStream
-from pipeline.thinking import CLOSING, Budget, Parts, Splitter
+from pipeline.facts import texts
+from pipeline.runtime import chat, generate, session, template, thinking
+from pipeline.runtime.generate import TextStream
+from pipeline.runtime.thinking import CLOSING, Budget, Parts, Splitter
 
 pytestmark = [
     # What the exporter says of itself.
@@ -155,7 +157,7 @@ ALWAYS = CHAT_TEMPLATE.replace("assistant\\n' }}{% endif %}", "assistant\\n<thin
 @pytest.fixture(scope="module")
 def packages(checkpoint_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Float packages of tiny models: one that can think or not, one that always does, one that never does."""
-    from pipeline import exporter
+    from pipeline.export import exporter
 
     made: dict[str, Path] = {}
     for name, model_type in (("both", "qwen3"), ("never", "qwen2")):

@@ -15,15 +15,17 @@ import pytest
 from test_verify import CONFIG, GOOD, external, model, seal
 from test_verify_script import script
 
-from pipeline import bom, cli, digest, package_files, provenance, signature, verify
+from pipeline import cli, digest
 from pipeline.artifact import CHECKSUMS, MANIFEST, PROVENANCE, SIGNATURE
+from pipeline.documents import bom
 from pipeline.errors import PackageError, UsageError
+from pipeline.package import contents as package_files, provenance, signature, verify
 
 pytest.importorskip("model_signing")
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from pipeline import signing
+from pipeline.package import signing
 
 ROOT = Path(__file__).parent.parent
 # Stands where the package's own replay is: whatever loads the package leaves a trace of it.

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import allocation, cli, recipe
-from pipeline.allocation import Option
-from pipeline.external_data import ALIGNMENT
-from pipeline.scheme import WeightScheme
+from pipeline import cli
+from pipeline.facts import recipe
+from pipeline.facts.scheme import WeightScheme
+from pipeline.graph.external_data import ALIGNMENT
+from pipeline.tuning import allocation
+from pipeline.tuning.allocation import Option
 
 SCHEMES = (
     WeightScheme(bits=4, block_size=64, symmetric=False),
@@ -89,7 +91,9 @@ def test_a_loss_is_that_of_the_model_with_the_weight_replaced(
 ) -> None:
     import torch
 
-    from pipeline import metrics, reference, sensitivity
+    from pipeline.checkpoint import reference
+    from pipeline.fidelity import metrics
+    from pipeline.tuning import sensitivity
 
     loaded = reference.load(checkpoint_of(model_type, tied))
     ids = np.random.default_rng(0).integers(3, 250, (2, 24)).tolist()

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import metrics, parity, report, text_agreement, texts
-from pipeline.agreement import Tally
+from pipeline.builds import report
 from pipeline.errors import StageError
-from pipeline.recipe import Gates, Validate
-from pipeline.session import Session
+from pipeline.facts import texts
+from pipeline.facts.recipe import Gates, Validate
+from pipeline.fidelity import metrics, parity, text_agreement
+from pipeline.fidelity.agreement import Tally
+from pipeline.runtime.session import Session
 from pipeline.stages import validate
 
 WANTED = Gates(mean_kl=0.05, p99_kl=0.5, top1=0.9, perplexity_ratio=1.05, greedy=0.5)

@@ -15,9 +15,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from pipeline import digest, golden, package_files, verify
+from pipeline import digest
 from pipeline.artifact import CHECKSUMS, GOLDEN, MANIFEST
 from pipeline.errors import PackageError, RuntimeMissing
+from pipeline.package import contents as package_files, verify
+from pipeline.runtime import golden
 
 CONFIG = {
     "model": {
@@ -452,7 +454,8 @@ def test_a_runtime_that_is_too_old_is_named(package: Path) -> None:
 def test_a_runtime_that_is_absent_is_named() -> None:
     """Without site-packages nothing is installed: even then a package can be checked, and what is missing is said."""
     code = (
-        "from pipeline import artifact, verify\nfrom pipeline.errors import RuntimeMissing\n"
+        "from pipeline import artifact\nfrom pipeline.errors import RuntimeMissing\n"
+        "from pipeline.package import verify\n"
         "try: verify.check_runtime(artifact.Manifest({'runtime': {}}))\nexcept RuntimeMissing as error: print(error)"
     )
     done = subprocess.run(

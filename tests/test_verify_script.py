@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import bundle, index, verify
 from pipeline.artifact import SIGNATURE
+from pipeline.documents import index
 from pipeline.errors import PackageError
+from pipeline.package import bundle, verify
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures" / "packages"
@@ -32,11 +33,16 @@ def script(package: Path, *arguments: str, site: bool = True) -> tuple[int, dict
     return done.returncode, json.loads(done.stdout)
 
 
+def source(name: str) -> str:
+    """The text of a module of this project, named as in `bundle.MODULES`."""
+    return (ROOT / "pipeline" / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
 def test_the_script_is_made_of_the_modules_as_they_stand(tmp_path: Path) -> None:
     text = bundle.verify_script()
     for name in bundle.MODULES:
-        assert (ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8") in text
-    trees = (ast.parse((ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8")) for name in bundle.MODULES)
+        assert source(name) in text
+    trees = (ast.parse(source(name)) for name in bundle.MODULES)
     nodes = [node for tree in trees for node in tree.body]
     imported = {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
@@ -46,9 +52,7 @@ def test_the_script_is_made_of_the_modules_as_they_stand(tmp_path: Path) -> None
 
 def test_every_code_is_documented_and_every_documented_code_exists() -> None:
     pattern = r"(?:signature|files|digests|manifest|configuration|data|runtime|replay|license)\.[a-z]+"
-    code = "\n".join(
-        (ROOT / "pipeline" / f"{name}.py").read_text(encoding="utf-8") for name in (*bundle.MODULES, "golden")
-    )
+    code = "\n".join(map(source, (*bundle.MODULES, "runtime.golden")))
     used = set(re.findall(rf'"({pattern})"', code))
     documented = set(re.findall(rf"(?m)^\| `({pattern})`", (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")))
     assert len(used) > 15

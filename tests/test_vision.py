@@ -15,40 +15,25 @@ import pytest
 from test_gpu import run, steps_of
 from test_replay import script
 
-from pipeline import (
-    chat,
-    checkpoint,
-    checkpoint_files,
-    cli,
-    decoder,
-    exporter,
-    fusion_graph,
-    generate,
-    golden,
-    images,
-    media_quantizer,
-    models,
-    multimodal,
-    package_config,
-    package_graphs,
-    pictures,
-    reference,
-    replay,
-    verify,
-    vision,
-)
-from pipeline import session as sessions
+from pipeline import cli
 from pipeline.artifact import GOLDEN, VALIDATION, Artifact
+from pipeline.checkpoint import fetch as checkpoint, files as checkpoint_files, reference
 from pipeline.errors import CheckpointError, PackageError, RecipeError, StageError, UsageError
-from pipeline.external_data import ExternalDataWriter
-from pipeline.family import FAMILIES, read_shape
-from pipeline.pictures import Drawn
-from pipeline.recipe import Gates
-from pipeline.replay import Media
-from pipeline.scheme import Scheme
-from pipeline.session import Session
+from pipeline.export import exporter, fusion_graph
+from pipeline.facts import models, multimodal, vision
+from pipeline.facts.family import FAMILIES, read_shape
+from pipeline.facts.recipe import Gates
+from pipeline.facts.scheme import Scheme
+from pipeline.facts.vision import Vision
+from pipeline.fidelity import pictures
+from pipeline.fidelity.pictures import Drawn
+from pipeline.graph.external_data import ExternalDataWriter
+from pipeline.package import config as package_config, graphs as package_graphs, replay, verify
+from pipeline.package.replay import Media
+from pipeline.quantization import decoder, media_quantizer
+from pipeline.runtime import chat, generate, golden, images, session as sessions
+from pipeline.runtime.session import Session
 from pipeline.stages import validate
-from pipeline.vision import Vision
 
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 slow = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import w8a8
+from pipeline.quantization import w8a8
 
 RNG = np.random.default_rng(7)
 
@@ -59,8 +59,13 @@ def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
 def test_a_model_of_integer_products_is_near_its_reference(
     model_type: str, tied: bool, checkpoint_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from pipeline import exporter, generate, graph, metrics, quantizer, reference, session
-    from pipeline.scheme import Scheme
+    from pipeline.checkpoint import reference
+    from pipeline.export import exporter
+    from pipeline.facts.scheme import Scheme
+    from pipeline.fidelity import metrics
+    from pipeline.graph import edits as graph
+    from pipeline.quantization import quantizer
+    from pipeline.runtime import generate, session
 
     checkpoint = checkpoint_of(model_type, tied)
     exporter.export_genai(checkpoint, tmp_path / "float", {}, "CPUExecutionProvider", "float32")

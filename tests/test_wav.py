@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import mel, wav
 from pipeline.errors import UsageError
+from pipeline.runtime import mel, wav
 
 TONE = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(4000) / mel.SAMPLE_RATE)
 

@@ -22,11 +22,14 @@ import psutil
 import pytest
 import yaml
 
-from pipeline import cli, plan, recipe, runner, verify, workflow
+from pipeline import cli
 from pipeline.artifact import Estimate, Step
+from pipeline.builds import plan, runner, workflow
+from pipeline.builds.report import Lines
+from pipeline.builds.store import Store
 from pipeline.errors import GateError, StoreError, UsageError
-from pipeline.report import Lines
-from pipeline.store import Store
+from pipeline.facts import recipe
+from pipeline.package import verify
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes" / "qwen2.5-coder-0.5b-instruct"

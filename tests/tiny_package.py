@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from pipeline import digest, package_files
+from pipeline import digest
 from pipeline.artifact import CHECKSUMS, MANIFEST
+from pipeline.package import contents as package_files
 
 TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

@@ -11,20 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline import adapter_files, adapters, generate, images
-from pipeline.chat import Tokenizer
 from pipeline.errors import UsageError
-from pipeline.generate import Reader, TextStream
-from pipeline.sampling import Sampler, log_probabilities
+from pipeline.package import adapter_files
+from pipeline.runtime import adapters, generate, images
+from pipeline.runtime.chat import Tokenizer
+from pipeline.runtime.generate import Reader, TextStream
+from pipeline.runtime.sampling import Sampler, log_probabilities
+from pipeline.runtime.session import Session
+from pipeline.runtime.speculation import Lookup, Verifier
+from pipeline.runtime.thinking import CLOSING, Budget, Splitter
 from pipeline.serve import slots
 from pipeline.serve.events import LENGTH, STOP, End, Event, Piece, Prefilled, Request
 from pipeline.serve.slots import Slots
-from pipeline.session import Session
-from pipeline.speculation import Lookup, Verifier
-from pipeline.thinking import CLOSING, Budget, Splitter
 
 if TYPE_CHECKING:
-    from pipeline.generate import Floats
+    from pipeline.runtime.generate import Floats
 
 _AFTER_THOUGHTS = "\n\n"  # what Qwen's models write between their thoughts and the answer
 
@@ -120,7 +121,7 @@ class _Answer:
             self._reader.take(token)
 
     def drafted(self) -> Iterator[Event]:
-        """Several tokens at once where the answer repeats what was said (`pipeline.speculation`)."""
+        """Several tokens at once where the answer repeats what was said (`pipeline.runtime.speculation`)."""
         reader, ids, count = self._reader, list(self._prompt), 0
         reader.rewind(len(ids) - 1)
         source, verifier = Lookup(ids), Verifier(reader)

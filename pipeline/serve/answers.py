@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.artifact import Manifest
+from pipeline.runtime.thinking import Parts, Splitter
 from pipeline.serve.events import LENGTH, End, Event, Piece
 from pipeline.serve.protocol import (
     AnswerMessage,
@@ -31,7 +32,6 @@ from pipeline.serve.protocol import (
 )
 from pipeline.serve.token_texts import TokenTexts
 from pipeline.serve.tool_calls import CallArguments, CallBegin, Text, ToolCalls
-from pipeline.thinking import Parts, Splitter
 
 
 def identifier(kind: str) -> str:

@@ -26,12 +26,12 @@ from pipeline.serve import (
     logs,
     openapi,
     page,
+    protocol as types,
     responses,
     responses_protocol,
     sse,
     tokens,
 )
-from pipeline.serve import protocol as types
 from pipeline.serve.front import Guarded, Observed
 from pipeline.serve.gate import gated
 from pipeline.serve.health import Health

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from pipeline.runtime.thinking import Splitter
 from pipeline.serve import answers, prompts, tool_calls
 from pipeline.serve.answers import ChatAnswer
 from pipeline.serve.events import Prefilled
@@ -15,7 +16,6 @@ from pipeline.serve.prompts import Asked
 from pipeline.serve.protocol import ChatChunk, ChatCompletion, ChatRequest, ChunkChoice, Usage
 from pipeline.serve.runs import Chunks, Run
 from pipeline.serve.token_texts import TokenTexts
-from pipeline.thinking import Splitter
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline import images
 from pipeline.errors import UsageError
+from pipeline.runtime import images
 from pipeline.serve import protocol
 from pipeline.serve.protocol import AssistantMessage, ImagePart, TextPart, ToolMessage
 from pipeline.serve.refusals import Refused, TooLarge, Unsupported

@@ -8,8 +8,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline import retrieval, retrieval_config
 from pipeline.errors import UsageError
+from pipeline.package import retrieval_config
+from pipeline.runtime import retrieval
 from pipeline.serve import answers
 from pipeline.serve.models import Model, Models
 from pipeline.serve.protocol import (

@@ -9,7 +9,7 @@ import base64
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.sampling import Sampling
+from pipeline.runtime.sampling import Sampling
 
 STOP, LENGTH = "stop", "length"
 """Why an answer ended: the model or a stop string ended it; or its limit or the context did."""
@@ -20,12 +20,12 @@ class Request:
     """One answer to generate.
 
     Attributes:
-        prompt: token ids, one for each picture's place (`pipeline.generate.attach`).
+        prompt: token ids, one for each picture's place (`pipeline.runtime.generate.attach`).
         limit: most tokens of the answer; the context may end it sooner.
         stop: texts that end an answer, and are no part of it.
         top_logprobs: how many alternatives to tell with each token's log-probability; neither when None.
         grammar: of llguidance, which the answer follows once it is not inside thoughts.
-        reasons: whether the answer may begin with a block of thoughts (`pipeline.thinking`).
+        reasons: whether the answer may begin with a block of thoughts (`pipeline.runtime.thinking`).
         inside: whether the prompt has opened that block.
         budget: most tokens of the block, which is ended then.
         adapter: name of a LoRA adapter of the package.

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import adapter_files, chat, retrieval_config, template
 from pipeline.artifact import MANIFEST, Manifest, read_manifest
-from pipeline.chat import Tokenizer
 from pipeline.errors import PackageError
+from pipeline.package import adapter_files, retrieval_config
+from pipeline.runtime import chat, template
+from pipeline.runtime.chat import Tokenizer
+from pipeline.runtime.thinking import VARIABLE
 from pipeline.serve import worker
 from pipeline.serve.engine import Engine, Limits
 from pipeline.serve.refusals import UnknownModel
 from pipeline.task import GENERATE
-from pipeline.thinking import VARIABLE
 
 _ADAPTER = ":"
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from pipeline.chat import Tokenizer
-from pipeline.sampling import Sampling
+from pipeline.runtime.chat import Tokenizer
+from pipeline.runtime.sampling import Sampling
+from pipeline.runtime.thinking import VARIABLE, is_open
 from pipeline.serve import conversations, grammar, thoughts, tool_calls
 from pipeline.serve.events import Request
 from pipeline.serve.models import Model
 from pipeline.serve.protocol import ChatRequest, CompletionRequest, NamedTool, Sampled, Tool
 from pipeline.serve.refusals import Refused, TooLong, Unsupported
-from pipeline.thinking import VARIABLE, is_open
 
 MAX_ANSWERS = 256
 """Most answers of one request, its prompts and choices multiplied."""

@@ -15,10 +15,9 @@ from typing import Any
 
 import uvicorn
 
-from pipeline import verify
 from pipeline.errors import UsageError
-from pipeline.serve import app as apps
-from pipeline.serve import models as served
+from pipeline.package import verify
+from pipeline.serve import app as apps, models as served
 from pipeline.serve.connection import Connection
 from pipeline.serve.engine import Limits
 from pipeline.serve.models import Model, Models

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pipeline.generate import Reader
-from pipeline.session import Session
+from pipeline.runtime.generate import Reader
+from pipeline.runtime.session import Session
 
 # A cache is taken up for another conversation when this much of it is kept: else the oldest one is given up for it.
 _WORTH = 0.5

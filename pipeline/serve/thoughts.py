@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.chat import Tokenizer
+from pipeline.runtime.chat import Tokenizer
+from pipeline.runtime.thinking import CLOSING, OPEN, VARIABLE
 from pipeline.serve.models import Model
 from pipeline.serve.protocol import ChatRequest
 from pipeline.serve.refusals import Refused, Unsupported
-from pipeline.thinking import CLOSING, OPEN, VARIABLE
 
 # Models are not trained for degrees of effort. What a degree can mean is how many tokens of thoughts there may be.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline import byte_level
-from pipeline.chat import Tokenizer
+from pipeline.runtime import byte_level
+from pipeline.runtime.chat import Tokenizer
 
 
 class TokenTexts:

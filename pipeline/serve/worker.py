@@ -119,7 +119,7 @@ def _load(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
 
 
 def _generating(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
-    from pipeline import chat, session
+    from pipeline.runtime import chat, session
     from pipeline.serve import answering
     from pipeline.serve.slots import Slots
 
@@ -140,7 +140,7 @@ def _generating(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
 
 def _drafts(opened: Any) -> bool:
     """Whether a package can verify drafts; one that cannot says so, and answers token by token."""
-    from pipeline import generate, speculation
+    from pipeline.runtime import generate, speculation
 
     try:
         reader = generate.Reader(opened, 64)
@@ -153,8 +153,8 @@ def _drafts(opened: Any) -> bool:
 
 def _self_test(package: Path, opened: Any) -> dict[str, Any]:
     """What the device makes of the beginning of the golden answers: ``problem``, ``tokens``, ``seconds``."""
-    from pipeline import replay
     from pipeline.artifact import MANIFEST, read_manifest
+    from pipeline.package import replay
 
     if not (package / replay.GOLDEN).is_file():
         return {"problem": "", "tokens": 0, "seconds": 0.0}
@@ -174,7 +174,7 @@ def _self_test(package: Path, opened: Any) -> dict[str, Any]:
 
 
 def _retrieving(package: Path, options: Options) -> tuple[Work, dict[str, Any]]:
-    from pipeline import retrieval
+    from pipeline.runtime import retrieval
 
     opened = retrieval.open_package(package, options.threads or None)
 

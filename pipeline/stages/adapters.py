@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import adapter_files, checkpoint_files, files, graph, lora, lora_files, lora_graph
+from pipeline import files
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.checkpoint import files as checkpoint_files
 from pipeline.errors import CheckpointError, StageError
+from pipeline.graph import edits as graph
+from pipeline.lora import convert as lora, files as lora_files, slots as lora_graph
+from pipeline.package import adapter_files
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:

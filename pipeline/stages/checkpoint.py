@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import checkpoint, positions
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.checkpoint import fetch as checkpoint
 from pipeline.errors import CheckpointError
-from pipeline.recipe import Checkpoint
+from pipeline.facts import positions
+from pipeline.facts.recipe import Checkpoint
 
 
 def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Progress) -> Result:  # noqa: ARG001

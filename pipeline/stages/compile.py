@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import qnn
 from pipeline.artifact import Artifact, Progress, Result, Step
-from pipeline.static_export import NPU_STAGES
+from pipeline.npu import qnn
+from pipeline.npu.static_export import NPU_STAGES
 
 # Graphs whose weights one binary can hold once.
 _SHARING = ("prefill", "decode")

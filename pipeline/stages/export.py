@@ -7,26 +7,18 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import (
-    audio_tower,
-    checkpoint_files,
-    decoder_graph,
-    exporter,
-    graph,
-    graph_weights,
-    olive,
-    reference,
-    retrieval_export,
-    rotary,
-    rotation,
-    static_decoder,
-    static_export,
-)
+from pipeline import olive
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.checkpoint import files as checkpoint_files, reference
+from pipeline.checkpoint.reference import Reference
 from pipeline.errors import StageError
-from pipeline.external_data import ExternalDataWriter
-from pipeline.recipe import Export
-from pipeline.reference import Reference
+from pipeline.export import decoder_graph, exporter, retrieval_export, rotary
+from pipeline.facts.recipe import Export
+from pipeline.graph import edits as graph
+from pipeline.graph.external_data import ExternalDataWriter
+from pipeline.npu import static_decoder, static_export
+from pipeline.quantization import graph_weights, rotation
+from pipeline.runtime import audio_tower
 from pipeline.task import GENERATE, TASKS
 
 # Files of the checkpoint that travel with the graph; the exporters' own copies of them are replaced.

@@ -8,20 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import (
-    adapter_files,
-    bom,
-    bundle,
-    card,
-    digest,
-    html_report,
-    package_files,
-    positions,
-    replay,
-    retrieval_card,
-    retrieval_replay,
-    verify,
-)
+from pipeline import digest
 from pipeline.artifact import (
     CHECKSUMS,
     GOLDEN,
@@ -35,11 +22,14 @@ from pipeline.artifact import (
     candidate,
     graph_files,
 )
-from pipeline.bom import BOM
+from pipeline.documents import bom, card, html_report, retrieval_card
+from pipeline.documents.bom import BOM
 from pipeline.errors import StageError
-from pipeline.retrieval_config import CONFIG
+from pipeline.facts import positions
+from pipeline.package import adapter_files, bundle, contents as package_files, replay, retrieval_replay, verify
+from pipeline.package.retrieval_config import CONFIG
+from pipeline.package.verify_script import SCRIPT
 from pipeline.task import GENERATE, TASKS
-from pipeline.verify_script import SCRIPT
 
 _PARTS = (".onnx", ".data", ".bin", ".xml", ".onnx_adapter")
 _LICENSES = Path(__file__).parent.parent / "data"

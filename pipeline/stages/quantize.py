@@ -6,19 +6,14 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline import (
-    calibration,
-    checkpoint_files,
-    media_quantizer,
-    olive,
-    openvino,
-    quantizer,
-    static_quantizer,
-)
+from pipeline import olive
 from pipeline.artifact import Artifact, Progress, Result, Step
+from pipeline.checkpoint import files as checkpoint_files
 from pipeline.errors import StageError
-from pipeline.retrieval_config import CONFIG
-from pipeline.scheme import Scheme
+from pipeline.facts.scheme import Scheme
+from pipeline.npu import openvino, static_quantizer
+from pipeline.package.retrieval_config import CONFIG
+from pipeline.quantization import calibration, media_quantizer, quantizer
 from pipeline.task import GENERATE, TASKS
 
 

@@ -9,31 +9,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import (
+from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, candidate, graph_files
+from pipeline.checkpoint import files as checkpoint_files, reference
+from pipeline.checkpoint.reference import Reference
+from pipeline.errors import GateError, StageError
+from pipeline.facts import positions, texts
+from pipeline.facts.recipe import Gates, Validate
+from pipeline.fidelity import (
     audio_agreement,
-    chat,
-    checkpoint_files,
     expert_agreement,
     long_context,
     media_agreement,
     parity,
-    positions,
-    reference,
     retrieval_agreement,
     text_agreement,
-    texts,
     vision_agreement,
 )
-from pipeline import session as sessions
-from pipeline.agreement import gate
-from pipeline.artifact import GOLDEN, VALIDATION, Artifact, Progress, Result, Step, candidate, graph_files
-from pipeline.errors import GateError, StageError
-from pipeline.recipe import Gates, Validate
-from pipeline.reference import Reference
-from pipeline.session import Session
+from pipeline.fidelity.agreement import gate
+from pipeline.fidelity.text_agreement import Window
+from pipeline.runtime import chat, session as sessions
+from pipeline.runtime.session import Session
+from pipeline.runtime.thinking import VARIABLE
 from pipeline.task import GENERATE, TASKS
-from pipeline.text_agreement import Window
-from pipeline.thinking import VARIABLE
 
 # How answers about pictures and on sounds are measured, by their section of the report.
 _MEDIA = {"images": vision_agreement, "audio": audio_agreement}

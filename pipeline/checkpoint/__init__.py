@@ -1,0 +1,1 @@
+"""Checkpoints: fetched, converted, checked, read, and run as the reference."""

@@ -1,0 +1,177 @@
+"""The commands about models: list them, choose one, lock a recipe's checkpoint. One function a command.
+
+Imports wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.facts.models import Model
+    from pipeline.tuning.catalogue import Base, Demand, Planned
+
+UNITS = {"GB": 10**9, "GIB": 1 << 30, "MB": 10**6, "MIB": 1 << 20}
+
+
+def models(options: argparse.Namespace) -> int:
+    from pipeline.builds import report
+    from pipeline.tuning import catalogue
+
+    if options.plan:
+        return _plan(options)
+    found = catalogue.select(options.task, options.family)
+    bases = catalogue.bases(options.recipes, options.target)
+    rows = []
+    for model in found:
+        demands = {base.scheme: catalogue.demand(model, base.recipe, options.context) for base in bases}
+        obstacles = {base.scheme: catalogue.obstacle(model, base) for base in bases}
+        if options.json:
+            print(json.dumps(_facts(model) | {"target": options.target, "needs": _needs(demands, obstacles)}))
+        else:
+            mark = "" if all(obstacles.values()) else "yes"
+            rows.append((*_columns(model), *(_gigabytes(demand) for demand in demands.values()), mark))
+    if not options.json:
+        header = ("MODEL", "FAMILY", "PARAMETERS", "CONTEXT", "LICENCE", "GOOD FOR", "LANGUAGES")
+        print(report.table(rows, (*header, *(base.scheme.upper() for base in bases), "BUILT")))
+        print(
+            f"\nunder each scheme of {options.target}: GB of memory with {options.context} tokens of context / GB of "
+            "disk; parameters in billions (those that a token goes through); BUILT: this version builds it"
+        )
+    return 0
+
+
+def _columns(model: Model) -> tuple[str, ...]:
+    sparse = f" ({model.active / 1e9:.1f})" if model.shape.experts else ""
+    return (
+        model.name,
+        model.family,
+        f"{model.computed / 1e9:.2f}{sparse}",
+        str(model.shape.context),
+        model.license,
+        " ".join(model.strengths),
+        str(model.spoken) if model.spoken > len(model.languages) else " ".join(model.languages),
+    )
+
+
+def _gigabytes(demand: Demand) -> str:
+    return f"{demand.memory / 1e9:.1f}/{demand.disk / 1e9:.1f}"
+
+
+def _needs(demands: dict[str, Demand], obstacles: dict[str, str]) -> dict[str, Any]:
+    return {scheme: asdict(demand) | {"obstacle": obstacles[scheme]} for scheme, demand in demands.items()}
+
+
+def _facts(model: Model) -> dict[str, Any]:
+    facts = {"repo": model.repo, "family": model.family, **asdict(model)}
+    return facts | {"computed_parameters": model.computed, "active_parameters": model.active}
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.tuning import catalogue
+
+    base = catalogue.base(options.recipes, options.target, options.scheme)
+    planned = catalogue.planned(catalogue.find(options.plan), base, options.context, options.exporter)
+    if options.json:
+        steps = {stage: asdict(need) for stage, need in planned.steps}
+        machine = {"memory": planned.memory, "disk": planned.disk}
+        rest = {"machine": machine, "package": asdict(planned.demand), "obstacle": planned.obstacle}
+        facts = {"repo": planned.model.repo, "base": base.name, "shards": planned.shards}
+        print(json.dumps({**facts, "steps": steps, **rest}))
+    else:
+        print(_planned(planned, base))
+    return 0
+
+
+def _planned(planned: Planned, base: Base) -> str:
+    import psutil
+
+    from pipeline.builds import report
+
+    model, demand = planned.model, planned.demand
+    rows = [
+        (stage, f"{need.memory / 1e9:.1f} GB", f"{need.disk / 1e9:.1f} GB", _duration(need.seconds))
+        for stage, need in planned.steps
+    ]
+    seconds = sum(need.seconds for _, need in planned.steps)
+    here = psutil.virtual_memory().total
+    held = "holds it" if 0.9 * here >= max(need.memory for _, need in planned.steps) else "does not hold it"
+    shards = f"{planned.shards} shard{'s' * (planned.shards > 1)}"
+    machine = f"a machine with {planned.memory >> 30} GiB of memory and {planned.disk / 1e9:.0f} GB of disk"
+    size, memory = f"{demand.disk / 1e9:.1f} GB of disk", f"{demand.memory / 1e9:.1f} GB of memory"
+    lines = [f"{model.name} as {base.name}: {model.computed / 1e9:.2f} billion parameters in {shards}"]
+    lines += [report.table(rows, ("STEP", "MEMORY", "DISK", "TIME"))]
+    lines += [f"{machine} holds the build (this one, of {here / 2**30:.0f} GiB, {held})"]
+    lines += [f"it takes {_duration(seconds)} on two cores"]
+    lines += [f"the package needs {size}, and {memory} with {demand.context} tokens of context"]
+    lines += [f"this version does not build it: {planned.obstacle}"] * bool(planned.obstacle)
+    return "\n".join(lines)
+
+
+def _duration(seconds: int) -> str:
+    return f"{seconds} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
+
+
+def choose(options: argparse.Namespace) -> int:
+    from pipeline.tuning import choose
+
+    folder, given = options.recipes, (options.task, options.memory, options.target, options.context)
+    choice = choose.choose(folder, *given, options.family, options.research)
+    if options.json:
+        facts = {"repo": choice.model.repo, "base": choice.base.name, "why": list(choice.why)}
+        rest = {"recipe": str(choice.path) if choice.path else None, "text": choice.text or None}
+        print(json.dumps({**facts, **asdict(choice.demand), **rest}))
+        return 0
+    if choice.path:
+        print("\n".join(choice.why))
+        print(f"\nthere is a recipe for it: {choice.path}\nnext: qwen-onnx build {choice.path}")
+        return 0
+    path = folder / choice.model.name.lower() / f"{choice.base.name}.yaml"
+    print("\n".join(f"# {line}" for line in choice.why))
+    print(f"#\n# Write this to {path}, then: qwen-onnx lock {path} && qwen-onnx build {path}")
+    print(choice.text, end="")
+    return 0
+
+
+def memory(text: str) -> int:
+    """Bytes of ``4GB``, ``512 MiB`` and the like, for the command line."""
+    number = text.strip().upper().rstrip("GMIB")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = float(number) * UNITS[unit.strip() or "GB"]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory, such as 4GB or 512MiB") from None
+    if not 0 < size < 1e15:  # NaN is not, either
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory that a device has")
+    return int(size)
+
+
+def positive(text: str) -> int:
+    """A positive whole number, for the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def lock(options: argparse.Namespace) -> int:
+    from pipeline.builds import lock
+    from pipeline.facts import recipe
+
+    loaded = recipe.load(options.recipe)
+    if not any(isinstance(source, recipe.HubSource) for source in loaded.recipe.checkpoint.sources):
+        raise UsageError(f"{options.recipe} has no source on the hub", why="other sources do not move")
+    locks = lock.resolve(loaded, options.revision)
+    changed = lock.write(loaded, locks) if locks else []
+    if options.json:
+        print(json.dumps({"locks": [asdict(item) for item in locks], "changed": [str(path) for path in changed]}))
+        return 0
+    for item in locks:
+        print(f"{item.repo} at {item.revision}: commit {item.commit}, sha256 {item.sha256}, {item.size / 1e6:.0f} MB")
+    print(f"written: {', '.join(map(str, changed))}" if changed else f"{options.recipe} is locked already")
+    return 0

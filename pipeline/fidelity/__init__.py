@@ -1,0 +1,1 @@
+"""How close a package is to the checkpoint in PyTorch."""

@@ -1,0 +1,1 @@
+"""One package in the forms in which it is handed over."""

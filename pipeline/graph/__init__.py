@@ -1,0 +1,1 @@
+"""ONNX graphs whose weights stay on disk: written and edited."""

@@ -1,0 +1,1 @@
+"""LoRA adapters that are kept apart from the weights."""

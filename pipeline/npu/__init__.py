@@ -1,0 +1,1 @@
+"""Graphs of fixed shapes, and the compilers of neural processors."""

@@ -1,0 +1,1 @@
+"""A package: what is in it, who vouches for it, and every check before it is loaded."""

@@ -1,0 +1,1 @@
+"""Running a package: what its receiver needs, with nothing of the build."""

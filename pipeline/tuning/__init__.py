@@ -1,0 +1,1 @@
+"""Choosing: a model for a device, and for each weight how it is stored."""
