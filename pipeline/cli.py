@@ -13,14 +13,19 @@ from typing import Any
 from pipeline import __version__, bench_loop
 from pipeline.commands import (
     adapters as adapter_commands,
+    build as build_commands,
     formats as format_commands,
-    main as commands,
+    generate as generate_commands,
+    measure as measure_commands,
     models as model_commands,
+    recipes as recipe_commands,
     retrieval as retrieval_commands,
     serve as serve_commands,
+    store as store_commands,
     trust as trust_commands,
     workflow as workflow_commands,
 )
+from pipeline.commands.shared import RECIPES
 from pipeline.errors import ERRORS, INTERRUPTED, QwenOnnxError
 from pipeline.package.provenance import BUILDER
 
@@ -62,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwen-onnx {__version__}")
     root = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    build = _command(root, "build", commands.build, "build, validate and package a recipe")
+    build = _command(root, "build", build_commands.build, "build, validate and package a recipe")
     build.add_argument("recipe", type=Path)
     build.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of packages (default: %(default)s)")
     build.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
@@ -74,13 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     _store_option(build)
     _json_option(build)
 
-    plan = _command(root, "plan", commands.plan, "show the steps of a recipe, what is cached and what they need")
+    plan = _command(root, "plan", build_commands.plan, "show the steps of a recipe, what is cached and what they need")
     plan.add_argument("recipe", type=Path)
     _locked_option(plan)
     _store_option(plan)
     _json_option(plan)
 
-    tune = _command(root, "tune", commands.tune, "find a scheme for each weight, and write it as a recipe")
+    tune = _command(root, "tune", measure_commands.tune, "find a scheme for each weight, and write it as a recipe")
     tune.add_argument("recipe", type=Path)
     tune.add_argument(
         "--max-kl", type=float, metavar="NATS", help="the smallest package within this mean KL divergence"
@@ -154,18 +159,18 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help="(default: %(default)s)")
     text = "tokens of prompt and answer (default: %(default)s)"
     parser.add_argument("--context", type=model_commands.positive, default=4096, metavar="N", help=text)
-    parser.add_argument("--recipes", type=Path, default=commands.RECIPES, metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, metavar="DIR", help="(default: %(default)s)")
 
 
 def _recipe_commands(root: Any) -> None:
     recipe = root.add_parser("recipe", help="list, show, check recipes").add_subparsers(required=True, metavar="ACTION")
-    listing = _command(recipe, "list", commands.recipe_list, "all recipes below a folder")
-    listing.add_argument("folder", type=Path, nargs="?", default=commands.RECIPES)
-    show = _command(recipe, "show", commands.recipe_show, "a recipe with all that it extends resolved")
+    listing = _command(recipe, "list", recipe_commands.list_all, "all recipes below a folder")
+    listing.add_argument("folder", type=Path, nargs="?", default=RECIPES)
+    show = _command(recipe, "show", recipe_commands.show, "a recipe with all that it extends resolved")
     show.add_argument("recipe", type=Path)
-    lint = _command(recipe, "lint", commands.recipe_lint, "check recipes, options of Olive passes included")
+    lint = _command(recipe, "lint", recipe_commands.lint, "check recipes, options of Olive passes included")
     lint.add_argument("recipes", type=Path, nargs="+")
-    _command(recipe, "schema", commands.recipe_schema, "JSON schema of a recipe, for editors")
+    _command(recipe, "schema", recipe_commands.schema, "JSON schema of a recipe, for editors")
 
 
 def _store_commands(root: Any) -> None:
@@ -173,9 +178,9 @@ def _store_commands(root: Any) -> None:
         required=True, metavar="ACTION"
     )
     for name, action, text in (
-        ("list", commands.store_list, "all artifacts"),
-        ("check", commands.store_check, "compare every artifact with its digests, and remove damaged ones"),
-        ("gc", commands.store_gc, "remove artifacts that no recipe needs, abandoned work and downloads"),
+        ("list", store_commands.list_all, "all artifacts"),
+        ("check", store_commands.check, "compare every artifact with its digests, and remove damaged ones"),
+        ("gc", store_commands.collect, "remove artifacts that no recipe needs, abandoned work and downloads"),
     ):
         parsed = _command(store, name, action, text)
         _store_option(parsed)
@@ -223,7 +228,7 @@ def _trust_commands(root: Any) -> None:
 def _package_commands(root: Any) -> None:
     _trust_commands(root)
 
-    generate = _command(root, "generate", commands.generate, "answer a prompt with a package")
+    generate = _command(root, "generate", generate_commands.generate, "answer a prompt with a package")
     generate.add_argument("package", type=Path)
     generate.add_argument("--prompt", required=True, help="the text, or - for standard input")
     text = "a PNG or JPEG that the prompt is about, for a model that sees; may be given several times"
@@ -255,16 +260,18 @@ def _package_commands(root: Any) -> None:
     _adapter_command(root)
     _bench_command(root)
 
-    report = _command(root, "report", commands.report, "write index.html, which shows all packages of a folder")
+    report = _command(root, "report", build_commands.report, "write index.html, which shows all packages of a folder")
     report.add_argument("folder", type=Path, nargs="?", default=ARTIFACTS, help="(default: %(default)s)")
 
-    attribute = _command(root, "attribute", commands.attribute, "tell where a package loses what it loses")
+    attribute = _command(root, "attribute", measure_commands.attribute, "tell where a package loses what it loses")
     attribute.add_argument("package", type=Path)
     attribute.add_argument("--trust", action="store_true", help="load the package without checking it first")
     _store_option(attribute)
     _json_option(attribute)
 
-    targets = _command(root, "targets", commands.targets, "what each target is, and what this machine can do for it")
+    targets = _command(
+        root, "targets", model_commands.targets, "what each target is, and what this machine can do for it"
+    )
     _json_option(targets)
 
 
@@ -355,7 +362,9 @@ def _adapter_command(root: Any) -> None:
 
 
 def _bench_command(root: Any) -> None:
-    bench = _command(root, "bench", commands.bench, "time packages against one another, and against other tools")
+    bench = _command(
+        root, "bench", measure_commands.bench, "time packages against one another, and against other tools"
+    )
     bench.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE")
     against = (
         "llama.cpp, llama.cpp-q4_k_m (quantized here by llama.cpp), plain-olive (ModelBuilder's INT4), torch or "

@@ -1,4 +1,4 @@
-"""The commands about models: list them, choose one, lock a recipe's checkpoint. One function a command.
+"""The commands about models and targets: list them, choose a model, lock a recipe's checkpoint.
 
 Imports wait until a command needs them.
 """
@@ -174,4 +174,18 @@ def lock(options: argparse.Namespace) -> int:
     for item in locks:
         print(f"{item.repo} at {item.revision}: commit {item.commit}, sha256 {item.sha256}, {item.size / 1e6:.0f} MB")
     print(f"written: {', '.join(map(str, changed))}" if changed else f"{options.recipe} is locked already")
+    return 0
+
+
+def targets(options: argparse.Namespace) -> int:
+    from pipeline.builds import report
+    from pipeline.facts import machine
+    from pipeline.facts.target import TARGETS
+
+    found = [(target, machine.execution(target)) for target in TARGETS.values()]
+    if options.json:
+        for target, execution in found:
+            print(json.dumps({**asdict(target), "executed_here": asdict(execution)}))
+    else:
+        print(report.targets(found))
     return 0

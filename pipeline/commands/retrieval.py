@@ -1,4 +1,4 @@
-"""The commands of packages that embed texts or rank documents; `pipeline.commands.main` has the others."""
+"""The commands of packages that embed texts or rank documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from pipeline.commands import main as commands
+from pipeline.commands import shared
 from pipeline.errors import UsageError
 from pipeline.task import EMBED, RERANK
 
@@ -14,7 +14,7 @@ from pipeline.task import EMBED, RERANK
 def embed(options: argparse.Namespace) -> int:
     from pipeline.runtime import retrieval
 
-    commands.check_positive(options, "threads", "dimensions")
+    shared.check_positive(options, "threads", "dimensions")
     instruct = {"instruction": options.instruct} if options.instruct else {}
     asked = [("query", {"query": text, **instruct}) for text in options.query]
     asked += [("document", {"document": _given(text)}) for text in options.text]
@@ -22,7 +22,7 @@ def embed(options: argparse.Namespace) -> int:
         raise UsageError("there is nothing to embed", fix="give --text, --query, or both; each may be given again")
     if instruct and not options.query:
         raise UsageError("--instruct is for queries, and there is no --query", why="documents are embedded as they are")
-    commands.check_package(options, EMBED)
+    shared.check_package(options, EMBED)
     opened = retrieval.open_package(options.package, options.threads)
     rows = [opened.ids(form, options.truncate, **texts) for form, texts in asked]
     vectors = opened.embed(rows, options.dimensions)
@@ -44,8 +44,8 @@ def rerank(options: argparse.Namespace) -> int:
     from pipeline.builds import report
     from pipeline.runtime import retrieval
 
-    commands.check_positive(options, "threads")
-    commands.check_package(options, RERANK)
+    shared.check_positive(options, "threads")
+    shared.check_package(options, RERANK)
     opened = retrieval.open_package(options.package, options.threads)
     instruct = {"instruction": options.instruct} if options.instruct else {}
     documents = [_given(text) for text in options.document]

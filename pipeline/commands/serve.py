@@ -1,4 +1,4 @@
-"""The command that serves packages; `pipeline.commands.main` has the others."""
+"""The command that serves packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands.main import check_positive
+from pipeline.commands.shared import check_positive
 from pipeline.errors import RuntimeMissing, UsageError
 
 

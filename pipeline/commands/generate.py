@@ -1,0 +1,82 @@
+"""The command that answers a prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipeline.commands.shared import check_package, check_positive
+from pipeline.errors import UsageError
+from pipeline.task import GENERATE
+
+
+def generate(options: argparse.Namespace) -> int:
+    from pipeline.commands import adapters as adapter_commands, answer
+    from pipeline.runtime import audio_tower, chat, images, wav
+    from pipeline.runtime.sampling import Sampling
+
+    check_positive(options, "max_tokens", "threads", "thinking_budget")
+    if len(options.adapter) > 1:
+        raise UsageError(
+            f"--adapter was given {len(options.adapter)} times",
+            why="of two adapters the runtime would compute a mixture",
+            fix="answer with one of them, or merge them before they are converted",
+        )
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text:
+        raise UsageError("the prompt is empty", fix="give some text with --prompt, or through standard input with -")
+    pictures = [images.load(path) for path in options.image]
+    clips = [wav.read(path) for path in options.audio]
+    _check_media(options)
+    _check_thinking(options)
+    check_package(options, GENERATE)
+    adapter = adapter_commands.chosen(options.package, options.adapter[0], options.trust) if options.adapter else None
+    tokenizer = chat.load(options.package)
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    settings = answer.Settings(
+        options.max_tokens,
+        options.threads,
+        options.provider,
+        sampling,
+        options.lookup,
+        not options.raw and tokenizer.thinks,
+        options.thinking_budget,
+        options.json,
+        adapter,
+        tuple(pictures),
+        tuple(clips),
+    )
+    if options.raw:  # sounds come first then, as base models are asked
+        prompt = tokenizer.encode("".join(audio_tower.TOKENS) * len(clips)) + tokenizer.encode(text, special=False)
+    else:
+        variables = answer.thinking_variables(tokenizer, options.thinking)
+        prompt = tokenizer.encode_chat(
+            [*system, {"role": "user", "content": chat.content(text, len(pictures), len(clips))}], **variables
+        )
+    answer.stream(options.package, tokenizer, prompt, settings)
+    return 0
+
+
+def _check_media(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together with pictures or sounds."""
+    if options.image and options.audio:
+        raise UsageError("no model takes --image and --audio together", fix="leave out one of them")
+    if options.image and options.raw:
+        raise UsageError("--image does not go with --raw", fix="leave out --raw")
+    if options.lookup and (options.image or options.audio):
+        raise UsageError("--lookup drafts from text, and goes with neither --image nor --audio", fix="leave it out")
+
+
+def _check_thinking(options: argparse.Namespace) -> None:
+    """Refuse options that contradict one another, before anything is read."""
+    budget = options.thinking_budget is not None
+    if options.raw and (budget or options.thinking is not None):
+        raise UsageError("--raw has no chat template, which is what tells a model to think", fix="leave out --raw")
+    if budget and options.thinking is False:
+        raise UsageError("--no-thinking leaves nothing for a --thinking-budget", fix="leave out one of them")
+    if budget and options.lookup:
+        raise UsageError(
+            "--lookup drafts from what was said, and cannot end thoughts in between",
+            fix="leave out --lookup, or --thinking-budget",
+        )
