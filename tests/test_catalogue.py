@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.builds import plan
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import RecipeError, ResourceError, UsageError
 from pipeline.facts import estimate, family, models, recipe, sizes
 from pipeline.facts.family import FAMILIES, Experts, Family, Shape
 from pipeline.facts.models import COMMERCIAL, MODELS, STRENGTHS
@@ -290,6 +290,25 @@ def test_a_mixture_that_is_chosen_is_a_recipe_with_its_own_scheme_and_exporter(t
     assert plan.family_problems(loaded.recipe, shape) == []
 
 
+def test_a_head_that_is_another_matrix_leaves_the_embedding_one_of_its_own(tmp_path: Path) -> None:
+    chosen = choose.choose(RECIPES, "chat", 12_000_000_000, "cpu", 4096, "qwen3")
+    assert (chosen.model.name, chosen.model.shape.tied, chosen.base.scheme) == ("Qwen3-8B", False, "int8")
+    path = tmp_path / "recipes" / "any" / "cpu-int8.yaml"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "recipes" / "_base").symlink_to(RECIPES / "_base")
+    path.write_text(chosen.text)
+    made = recipe.load(path).recipe.quantize
+    assert made.embedding == (made.head or made.body)
+    tied = replace(chosen.model, shape=replace(chosen.model.shape, tied=True))
+    more = chosen.demand.disk - catalogue.demand_of(tied, chosen.base).disk
+    assert more == pytest.approx(chosen.model.shape.vocabulary * chosen.model.shape.hidden * 9 / 8, rel=0.01)
+    # Who writes the base's word for it is told before anything is fetched.
+    locked = chosen.text.replace("revision: main", f"revision: {'1' * 40}")
+    path.write_text("\n".join(line for line in locked.splitlines() if not line.startswith("quantize")))
+    with pytest.raises(RecipeError, match="Qwen3-8B cannot share its head with the embedding"):
+        plan.make(recipe.load(path))
+
+
 def test_a_recipe_that_there_is_already_is_named(tmp_path: Path) -> None:
     chosen = choose.choose(RECIPES, "code", 1_000_000_000, "cpu", 4096)
     assert chosen.path == CODER / "cpu-int4.yaml"
@@ -365,7 +384,7 @@ def test_models_for_people_and_for_machines(capsys: pytest.CaptureFixture[str]) 
     assert [row["repo"] for row in told] == [model.repo for model in catalogue.select(family="qwen3_moe")]
     obstacles = {scheme: need["obstacle"] for scheme, need in told[0]["needs"].items()}
     assert {scheme for scheme, text in obstacles.items() if not text} == {"moe-int4", "moe-int8"}
-    assert "head and embedding are two matrices" in obstacles["int4"]
+    assert "is for models without mixtures of experts" in obstacles["int4"]
     assert told[0]["shape"]["experts"]["count"] == 128
     assert told[0]["needs"]["int4"]["memory"] > told[0]["needs"]["int4"]["disk"] > 0
 

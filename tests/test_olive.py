@@ -225,6 +225,16 @@ def test_each_algorithm_keeps_the_interface_and_the_answers(
         assert (made.path / other).read_bytes() == (source.path / other).read_bytes()
 
 
+@pytest.mark.parametrize("algorithm", ["min_error", "rtn"])
+def test_two_matrices_are_not_stored_as_one(algorithm: str, exported: Exports, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="head and embedding are two matrices") as refused:
+        run_quantize(
+            exported("qwen2", "genai"), tmp_path / "out", algorithm=algorithm, body=scheme(8), embedding="shared"
+        )
+    assert "give the embedding a scheme of its own" in refused.value.fix
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("algorithm", ["min_error", "gptq"])
 @pytest.mark.parametrize("name", ["genai", "optimum"])
 def test_4_bits_leave_the_norms_of_queries_and_keys_and_their_wide_heads_alone(
@@ -251,7 +261,7 @@ def test_4_bits_leave_the_norms_of_queries_and_keys_and_their_wide_heads_alone(
 
 
 def test_the_same_quantization_twice_writes_the_same_bytes(exported: Exports, tmp_path: Path) -> None:
-    source = exported("qwen2", "genai")
+    source = exported("qwen2", "genai", True)
     fields = ALGORITHMS["min_error int4, shared int8 head"][0]
     first, second = (run_quantize(source, tmp_path / name, **fields).path for name in ("a", "b"))
     for name in ("model.onnx", "model.onnx.data"):
@@ -310,9 +320,11 @@ def test_every_position_can_be_measured_whatever_became_of_the_head(
 ) -> None:
     from pipeline.fidelity import text_agreement
 
-    made = run_quantize(exported("qwen2", "genai"), tmp_path / "out", **ALGORITHMS[name][0])
+    fields = ALGORITHMS[name][0]
+    tied = fields.get("embedding") == "shared"
+    made = run_quantize(exported("qwen2", "genai", tied), tmp_path / "out", **fields)
     twin = sessions.open_package(text_agreement.whole_prompt_twin(made.path, tmp_path / "twin"))
-    ids = torch_model("qwen2").tokenizer(PROMPT)["input_ids"]
+    ids = torch_model("qwen2", tied).tokenizer(PROMPT)["input_ids"]
     found = generate.prefill_logits(twin, ids)
     assert len(found) == len(ids)
     last = generate.prefill_logits(sessions.open_package(made.path), ids)

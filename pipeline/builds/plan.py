@@ -13,7 +13,17 @@ from pipeline import __version__, digest
 from pipeline.artifact import Step
 from pipeline.checkpoint import files as checkpoint_files
 from pipeline.errors import CheckpointError, RecipeError, RuntimeMissing
-from pipeline.facts import estimate, expert_forms, exporters, machine, multimodal, positions, target as targets, texts
+from pipeline.facts import (
+    estimate,
+    expert_forms,
+    exporters,
+    machine,
+    models,
+    multimodal,
+    positions,
+    target as targets,
+    texts,
+)
 from pipeline.facts.family import FAMILIES, Shape, read_shape
 from pipeline.facts.recipe import Loaded, Recipe, exporter_of
 from pipeline.facts.sizes import Tower
@@ -100,6 +110,14 @@ def make(loaded: Loaded, versions: Mapping[str, str] | None = None) -> list[Step
             where=str(loaded.path),
             why=target.missing,
             fix="`qwen-onnx targets` shows what each target lacks",
+        )
+    known = models.published(recipe.checkpoint.base_model)
+    if known and not known.shape.tied and recipe.quantize.embedding == "shared":
+        raise RecipeError(
+            f"{known.name} cannot share its head with the embedding",
+            where=f"{loaded.path}: quantize.embedding",
+            why="they are two matrices in it",
+            fix="give the embedding a scheme of its own, such as {bits: 8, block_size: 128, symmetric: true}",
         )
     for config, where in _local_configs(loaded):
         positions.check_context(config, _context_length(recipe), where)

@@ -29,7 +29,7 @@ def models(options: argparse.Namespace) -> int:
     bases = catalogue.bases(options.recipes, options.target)
     rows = []
     for model in found:
-        demands = {base.scheme: catalogue.demand(model, base.recipe, options.context) for base in bases}
+        demands = {base.scheme: catalogue.demand_of(model, base, options.context) for base in bases}
         obstacles = {base.scheme: catalogue.obstacle(model, base) for base in bases}
         if options.json:
             print(json.dumps(_facts(model) | {"target": options.target, "needs": _needs(demands, obstacles)}))

@@ -398,6 +398,13 @@ _TEXTS = tuple(
     )
 )
 
+
+def published(repo: str) -> Model | None:
+    """The model of a repository of the publisher (``owner/name``); ``None`` where the table has none."""
+    owner, _, name = repo.partition("/")
+    return MODELS.get(name) if owner == OWNER else None
+
+
 MODELS: dict[str, Model] = {
     model.name: model for model in (*_FIRST_MODELS, *_SECOND, *_SPECIAL, *_THIRD, *_VISION, *_AUDIO, *_TEXTS)
 }

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pipeline import olive
 from pipeline.artifact import Artifact, Progress, Result, Step
-from pipeline.checkpoint import files as checkpoint_files
+from pipeline.checkpoint import files as checkpoint_files, tensors
 from pipeline.errors import StageError
+from pipeline.facts import multimodal
 from pipeline.facts.scheme import Scheme
 from pipeline.npu import openvino, static_quantizer
 from pipeline.package.retrieval_config import CONFIG
@@ -32,13 +33,17 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     task = TASKS[step.fields.get("task", GENERATE)]
     form, rotate = step.fields["form"], step.fields["rotate"]
     checkpoint = inputs["checkpoint"].path
+    family = checkpoint_files.family_of(checkpoint)
+    if scheme.embedding == "shared":
+        names = multimodal.in_files(family, list(tensors.Tensors(checkpoint)))
+        tensors.check_one_matrix(checkpoint, f"{names.text}.embed_tokens.weight", f"{names.head}.weight")
     if scheme.algorithm == "static":
         windows = calibration.windows(checkpoint, scheme.calibration_windows)
         facts = static_quantizer.quantize(source, out_dir, scheme, windows, progress)
     elif scheme.algorithm == "nncf":
         progress(0.1, "Olive with NNCF, in its own environment")
         facts = openvino.compress(source, out_dir, scheme)
-    elif checkpoint_files.family_of(checkpoint).multimodal:
+    elif family.multimodal:
         facts = media_quantizer.quantize(source, checkpoint, out_dir, scheme, progress)
     else:
         facts = quantizer.quantize(source, checkpoint, out_dir, scheme, progress, form, rotate, task.roles)

@@ -18,6 +18,7 @@ from pipeline.facts import estimate, recipe as recipes, sizes, strict_yaml
 from pipeline.facts.family import FAMILIES
 from pipeline.facts.models import MODELS, OWNER, STRENGTHS, Model
 from pipeline.facts.recipe import Architecture, Recipe
+from pipeline.facts.scheme import WeightScheme
 from pipeline.facts.target import TARGETS, Target, file_problem
 
 BASES = "_base"
@@ -181,7 +182,20 @@ def value(model: Model, base: Base, context: int | None = None) -> dict[str, Any
         own["npu"] = {"cache": _rounded(context, base.value["npu"]["window"])}
     elif context:
         own["generation"] = {"context_length": context}
+    embedding = _fitted(model, base).quantize.embedding
+    if embedding != base.recipe.quantize.embedding:
+        assert isinstance(embedding, WeightScheme)
+        own["quantize"] = {"embedding": embedding.model_dump()}
     return own
+
+
+def _fitted(model: Model, base: Base) -> Recipe:
+    """A base with an embedding of its own, in the head's scheme, where the model's head is another matrix."""
+    quantize = base.recipe.quantize
+    own = quantize.head or quantize.body
+    if model.shape.tied or quantize.embedding != "shared" or own is None:
+        return base.recipe
+    return base.recipe.model_copy(update={"quantize": quantize.model_copy(update={"embedding": own})})
 
 
 def _rounded(context: int, window: int) -> int:
@@ -197,7 +211,7 @@ def as_recipe(model: Model, base: Base, context: int | None = None) -> Recipe:
     """
     own = value(model, base, context)
     merged = {**base.value, **own}
-    for section in ("npu", "generation"):
+    for section in ("npu", "generation", "quantize"):
         if isinstance(base.value.get(section), dict) and section in own:
             merged[section] = {**base.value[section], **own[section]}
     return recipes.read(merged, base.path)
@@ -224,11 +238,11 @@ def obstacle(model: Model, base: Base) -> str:
 
 def _mixture_problem(model: Model, base: Base) -> str:
     """Why a base is for other models, with or without mixtures of experts; empty when it is not."""
-    mixed = model.shape.experts is not None
-    if base.scheme.startswith(MIXED) and not mixed:
+    if base.scheme.startswith(MIXED) and not model.shape.experts:
         return "its scheme is for mixtures of experts"
-    shared = base.recipe.quantize.embedding == "shared"
-    return "head and embedding are two matrices, and the scheme has one for both" if mixed and shared else ""
+    if model.shape.experts and base.recipe.quantize.embedding == "shared":
+        return f"its scheme is for models without mixtures of experts, which have those that begin with {MIXED}"
+    return ""
 
 
 def findings(error: RecipeError) -> str:
@@ -236,8 +250,13 @@ def findings(error: RecipeError) -> str:
     return "; ".join(row.partition(": ")[2] for row in error.what.split("\n")[1:]) or error.what
 
 
+def demand_of(model: Model, base: Base, context: int = CONTEXT) -> Demand:
+    """What the package that a base makes of a model needs on its device."""
+    return demand(model, _fitted(model, base), context)
+
+
 def demand(model: Model, recipe: Recipe, context: int = CONTEXT) -> Demand:
-    """What the package that a recipe (such as a base's) makes of a model needs on its device."""
+    """What the package that a recipe makes of a model needs on its device."""
     packed, width = estimate.packed(recipe, model.shape, model.tower), estimate.floats(recipe)
     memory = sizes.runtime_bytes(model.shape, packed, context, width)
     return Demand(packed + sizes.FILES, memory, context)
@@ -254,7 +273,7 @@ def planned(model: Model, base: Base, context: int = CONTEXT, exporter: str = ""
     """
     if exporter and exporter not in estimate.EXPORTING:
         raise UsageError(f"there is no exporter `{exporter}`", fix=f"known: {', '.join(estimate.EXPORTING)}")
-    recipe = base.recipe
+    recipe = _fitted(model, base)
     if exporter:
         recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"exporter": exporter})})
     stages = [stage.name for stage in plan.stages_of(base.target)]

@@ -116,7 +116,7 @@ def _candidates(
             if problem:
                 obstacles[f"{model.name} {base.name}"] = problem
             else:
-                yield _Candidate(model, base, catalogue.demand(model, base.recipe, context))
+                yield _Candidate(model, base, catalogue.demand_of(model, base, context))
 
 
 def _too_short(model: Model, base: Base, context: int) -> str:
@@ -193,7 +193,7 @@ def recipe_text(model: Model, base: Base, context: int, folder: Path) -> str:
         *(f"  {key}: {_flow(own['checkpoint'][key])}" for key in ("license", "base_model", "languages")),
         "architecture:",
         *(f"  {key}: {_flow(size)}" for key, size in own["architecture"].items()),
-        *(f"{key}: {_flow(own[key])}" for key in ("npu", "generation") if key in own),
+        *(f"{key}: {_flow(own[key])}" for key in ("npu", "generation", "quantize") if key in own),
     ]
     return "\n".join(lines) + "\n"
 
