@@ -297,8 +297,8 @@ def test_the_real_server_loses_and_mixes_nothing(tiny_package: Path, tmp_path: P
     shutil.copytree(tiny_package, package)
     (package / "chat_template.jinja").write_text("{{ messages[-1].content }}", encoding="utf-8")
     keys = {security.VARIABLE: f"load:{KEY}"}
-    options = "--clients 8 --requests 40 --max-tokens 8 --prefill 200 --seconds 60 --json"
-    with serving(package, "--queue", "2", "--parallel", "2", environment=keys) as server:
+    options = "--clients 16 --requests 40 --max-tokens 8 --prefill 200 --seconds 60 --json"
+    with serving(package, "--queue", "1", "--parallel", "1", environment=keys) as server:
         done = subprocess.run(
             [sys.executable, str(DEPLOY / "load_test.py"), server.url, *shlex.split(options)],
             env={security.VARIABLE: f"load:{KEY}"},

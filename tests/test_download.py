@@ -176,7 +176,7 @@ def fetch_hub(hub: Hub, folder: Path, spec: Checkpoint, offline: bool = False) -
     script = """
 import json, sys
 from pathlib import Path
-from pipeline import checkpoint
+from pipeline.checkpoint import fetch as checkpoint
 from pipeline.errors import QwenOnnxError
 from pipeline.facts.recipe import Checkpoint
 checkpoint.PAUSE = 0.0

@@ -74,8 +74,10 @@ def eventually(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def serving(package: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
-    command = [sys.executable, "-m", "pipeline", "serve", f"tiny={package}", "--trust", "--port", "0", "--json"]
+def serving(
+    package: Path, *options: str, environment: dict[str, str] | None = None, name: str = "tiny"
+) -> Iterator[Server]:
+    command = [sys.executable, "-m", "pipeline", "serve", f"{name}={package}", "--trust", "--port", "0", "--json"]
     process = subprocess.Popen(
         [*command, "--threads", "1", "--log-format", "json", *options],
         stdout=subprocess.PIPE,
@@ -377,7 +379,8 @@ def test_a_client_that_has_gone_frees_its_place(server: Server, stream: bool, ha
 
 @pytest.mark.slow
 def test_a_client_that_reads_nothing_is_cut_off(tiny_package: Path) -> None:
-    with serving(tiny_package, "--write-seconds", "1") as started:
+    # Every event has the name: the system keeps 4 MB of what nobody reads, and 9 are sent.
+    with serving(tiny_package, "--write-seconds", "0.5", name=2000 * "n") as started:
         asked = started.chat(stream=True, n=8, logprobs=True, top_logprobs=20, **LONG)
         with asking(started, asked):
             assert eventually(lambda: started.metric("qwen_onnx_running") > 0, 10)

@@ -65,7 +65,7 @@ def _emit(event: str, facts: dict[str, Any]) -> None:
 def _named(text: str) -> tuple[str, Path]:
     """``NAME=PACKAGE`` or ``PACKAGE``."""
     name, equals, folder = text.partition("=")
-    if not equals or Path(text).is_dir():
+    if not equals or os.path.isdir(text):  # noqa: PTH112 - pathlib's raises where the text is too long for a path
         return "", Path(text)
     if not name or not name.isprintable() or set(name) & set(" /:?#"):
         raise UsageError(f"{name!r} cannot be the name of a model", fix="use letters, digits, `.`, `-` and `_`")
