@@ -7,9 +7,12 @@ MODEL ?= qwen2.5-coder-0.5b-instruct
 SCHEME ?= int4
 PACKAGE ?= artifacts/$(MODEL)-cpu-$(SCHEME)
 PORT ?= 8000
+# Processes that tests run in.
+WORKERS ?= 2
 # More options of `qwen-onnx build`, such as --junit FILE.
 OPTIONS ?=
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
+PYTEST := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
 LLAMACPP := .venv-llamacpp
@@ -69,10 +72,10 @@ cuda-runtime: $(READY) ## on a machine with an NVIDIA GPU: let `make cuda` valid
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxruntime-gpu==1.31.1 onnxruntime-genai-cuda==0.14.1
 
 test: $(READY) ## all tests but those on the real checkpoint
-	@$(BIN)/python -m pytest -m 'not real'
+	@$(BIN)/python -m pytest $(PYTEST) -m 'not real'
 
 test-all: $(READY) ## all tests
-	@$(BIN)/python -m pytest --durations=30
+	@$(BIN)/python -m pytest $(PYTEST) --durations=30
 
 runtimes: $(READY) ## replay packages with the oldest and the newest runtime that is claimed, in environments of their own
 	@$(BIN)/python tests/runtimes.py
