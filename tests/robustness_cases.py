@@ -13,7 +13,7 @@ import pytest
 from test_server import KEY, Server, key, serving
 
 from pipeline.errors import QwenOnnxError
-from pipeline.serve import security
+from pipeline.serve.web import security
 
 if TYPE_CHECKING:
     from builds import Project

@@ -171,7 +171,9 @@ def dead_model(bench: Bench) -> str:
     """SIGKILL of the process that has the model, while it answers."""
     server = bench.server()
     children = psutil.Process(server.process.pid).children()
-    (worker,) = (child for child in children if "pipeline.serve.worker" in child.cmdline())  # others render templates
+    (worker,) = (
+        child for child in children if "pipeline.serve.inference.worker" in child.cmdline()
+    )  # others render templates
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.post, CHAT, server.chat(n=8, **LONG))
         need(eventually(lambda: server.metric("qwen_onnx_running") > 0, 10), "the answer has begun")

@@ -1,9 +1,10 @@
 """What serving costs: ``python tests/serve_bench.py PACKAGE`` on a machine that does nothing else.
 
 ``overhead`` times the tokens of one answer four ways, in turns: the plain loop of `pipeline.runtime.generate.stream`,
-the steps of `pipeline.serve.answering` in the same process, the engine with its process, and the whole server over
-HTTP. Each is held against the loop of the same round, so that a machine whose speed drifts tells the same. ``turns``
-times the first token of the second turn of a conversation, with what the first one left in the cache and without.
+the steps of `pipeline.serve.inference.answering` in the same process, the engine with its process, and the whole server
+over HTTP. Each is held against the loop of the same round, so that a machine whose speed drifts tells the same.
+``turns`` times the first token of the second turn of a conversation, with what the first one left in the cache and
+without.
 
 Seconds of the processor are told beside those of the clock: they hardly depend on what else the machine does.
 """
@@ -27,11 +28,11 @@ import httpx
 import psutil
 
 from pipeline.runtime import chat, generate, session
-from pipeline.serve import answering
-from pipeline.serve.engine import Engine
 from pipeline.serve.events import Piece, Request
-from pipeline.serve.slots import Slots
-from pipeline.serve.worker import Options
+from pipeline.serve.inference import answering
+from pipeline.serve.inference.engine import Engine
+from pipeline.serve.inference.slots import Slots
+from pipeline.serve.inference.worker import Options
 
 TEXT = "Write a long Python module with a class for matrices, all operators, and a docstring for every method."
 Timed = tuple[float, list[float]]
@@ -104,7 +105,7 @@ def overhead(package: Path, threads: int, tokens: int, rounds: int, seconds: int
         await engine.start()
         assert engine.pid
         here, model = psutil.Process(), psutil.Process(engine.pid)
-        served = next(child for child in server.children() if "pipeline.serve.worker" in child.cmdline())
+        served = next(child for child in server.children() if "pipeline.serve.inference.worker" in child.cmdline())
 
         async def engine_stream() -> Timed:
             begin = time.perf_counter()

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from pipeline.runtime.thinking import Splitter
-from pipeline.serve import answers
-from pipeline.serve.answers import ChatAnswer, PlainAnswer
+from pipeline.serve.api import answers
+from pipeline.serve.api.answers import ChatAnswer, PlainAnswer
 from pipeline.serve.events import LENGTH, STOP, End, Event, Piece, Prefilled
-from pipeline.serve.tool_calls import ToolCalls
+from pipeline.serve.inference.tool_calls import ToolCalls
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 CALLED = 'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'

@@ -23,7 +23,7 @@ from test_server import KEY, serving
 
 from pipeline import cli
 from pipeline.commands import serve as serve_commands
-from pipeline.serve import security
+from pipeline.serve.web import security
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")

@@ -540,8 +540,9 @@ def test_answers_that_are_asked_for_together(tiny: Tiny) -> None:
 
 def test_answers_that_are_dropped_or_crowded_out_in_this_process(tiny_package: Path) -> None:
     """Chunks that nobody reads, nor closes, are given up; a batch waits for room as long as a request may take."""
-    from pipeline.serve import chat as conversation, completions, models, protocol, worker
-    from pipeline.serve.engine import Limits
+    from pipeline.serve.api import chat as conversation, completions, protocol
+    from pipeline.serve.inference import models, worker
+    from pipeline.serve.inference.engine import Limits
     from pipeline.serve.refusals import TimedOut
 
     async def work() -> None:

@@ -17,12 +17,12 @@ from pipeline.errors import PackageError, UsageError
 from pipeline.runtime import chat, generate, session as sessions
 from pipeline.runtime.sampling import Sampling
 from pipeline.runtime.session import Session
-from pipeline.serve import answering, engine as engines, slots
-from pipeline.serve.answering import Stops
-from pipeline.serve.engine import Engine, Limits
 from pipeline.serve.events import LENGTH, STOP, End, Piece, Prefilled, Request, request_of
+from pipeline.serve.inference import answering, engine as engines, slots
+from pipeline.serve.inference.answering import Stops
+from pipeline.serve.inference.engine import Engine, Limits
+from pipeline.serve.inference.worker import Options
 from pipeline.serve.refusals import Busy, TimedOut, Unavailable
-from pipeline.serve.worker import Options
 
 PROMPT = (5, 17, 40, 8, 99, 23)
 

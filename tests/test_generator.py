@@ -24,11 +24,11 @@ from test_server import eventually
 from pipeline.errors import PackageError, QwenOnnxError, UsageError
 from pipeline.runtime import retrieval
 from pipeline.serve import Generator
-from pipeline.serve.engine import Limits
-from pipeline.serve.protocol import ChatCompletion, Completion
+from pipeline.serve.api.protocol import ChatCompletion, Completion
+from pipeline.serve.api.responses_protocol import Response
+from pipeline.serve.inference.engine import Limits
+from pipeline.serve.inference.worker import Options
 from pipeline.serve.refusals import Busy, Refused, Unavailable, UnknownModel, Unsupported
-from pipeline.serve.responses_protocol import Response
-from pipeline.serve.worker import Options
 
 ROOT = Path(__file__).parents[1]
 ASKED = [{"role": "user", "content": "The quick brown fox"}]
@@ -328,7 +328,7 @@ def test_a_killed_model_is_told_and_comes_back(tiny_package: Path) -> None:
 PROGRAM = """
 import sys
 from pipeline.serve import Generator
-from pipeline.serve.worker import Options
+from pipeline.serve.inference.worker import Options
 model = Generator(sys.argv[1], options=Options(threads=1)).open()
 stream = model.chat([{"role": "user", "content": "fox"}], stream=True)
 print(next(stream).object, model.model.engine.pid)

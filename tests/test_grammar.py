@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.serve import schemas
-from pipeline.serve.grammar import Constraint, response_grammar, tools_grammar
+from pipeline.serve.inference import schemas
+from pipeline.serve.inference.grammar import Constraint, response_grammar, tools_grammar
+from pipeline.serve.inference.tool_calls import XML, CallArguments, CallBegin, Text, ToolCalls
 from pipeline.serve.refusals import Refused, Unsupported
-from pipeline.serve.tool_calls import XML, CallArguments, CallBegin, Text, ToolCalls
 
 WEATHER = {
     "type": "object",

@@ -28,7 +28,7 @@ import browser
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "pipeline" / "serve" / "page"
+FOLDER = ROOT / "pipeline" / "serve" / "web" / "page"
 FILES = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.iterdir()}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
 NAMESPACE = "http://www.w3.org/2000/svg"  # a name, which nobody loads
@@ -45,7 +45,7 @@ def _get(path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str,
     """The answer of the page's routes, without a server: status, headers and body."""
     from starlette.applications import Starlette
 
-    from pipeline.serve import page
+    from pipeline.serve.web import page
 
     sent: list[dict[str, Any]] = []
     scope: dict[str, Any] = {
@@ -72,7 +72,7 @@ def _get(path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str,
 
 
 def test_every_file_is_served_under_a_strict_policy() -> None:
-    from pipeline.serve import page
+    from pipeline.serve.web import page
 
     bodies = set()
     for path in page.PATHS:
@@ -110,7 +110,7 @@ def test_the_files_are_part_of_an_installation() -> None:
     patterns = settings["tool"]["setuptools"]["package-data"]["pipeline"]
     assert len(FILES) >= 8
     for name in FILES:
-        assert any(fnmatch.fnmatch(f"serve/page/{name}", pattern) for pattern in patterns)
+        assert any(fnmatch.fnmatch(f"serve/web/page/{name}", pattern) for pattern in patterns)
 
 
 # What the files hold.
@@ -192,7 +192,7 @@ def bare() -> Iterator[str]:
     import uvicorn
     from starlette.applications import Starlette
 
-    from pipeline.serve import page
+    from pipeline.serve.web import page
 
     application = Starlette(routes=page.routes())
     server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="warning", ws="none", lifespan="off"))

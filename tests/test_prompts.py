@@ -14,11 +14,11 @@ import pytest
 
 from pipeline.fidelity.pictures import Drawn
 from pipeline.runtime import chat
-from pipeline.serve import conversations, prompts
-from pipeline.serve.engine import Engine
-from pipeline.serve.models import Model
-from pipeline.serve.prompts import Asked
-from pipeline.serve.protocol import ChatRequest, CompletionRequest, parse
+from pipeline.serve.api import conversations, prompts
+from pipeline.serve.api.prompts import Asked
+from pipeline.serve.api.protocol import ChatRequest, CompletionRequest, parse
+from pipeline.serve.inference.engine import Engine
+from pipeline.serve.inference.models import Model
 from pipeline.serve.refusals import Refused, TooLarge, TooLong, Unsupported
 
 PNG = Drawn("dot", "", np.zeros((4, 4, 3), np.uint8)).png

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.serve.protocol import (
+from pipeline.serve.api.protocol import (
     AnswerMessage,
     ChatChoice,
     ChatCompletion,

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from test_server import Server, eventually, serving
 from test_thinking import ALWAYS
 
-from pipeline.serve import Generator, response_items
-from pipeline.serve.engine import Limits
-from pipeline.serve.protocol import (
+from pipeline.serve import Generator
+from pipeline.serve.api import response_items
+from pipeline.serve.api.protocol import (
     ChatChunk,
     ChatLogprobs,
     ChunkChoice,
@@ -26,9 +26,8 @@ from pipeline.serve.protocol import (
     ToolCallDelta,
     parse,
 )
-from pipeline.serve.refusals import Refused, TimedOut, TooLong, UnknownModel, Unsupported
-from pipeline.serve.response_events import Building
-from pipeline.serve.responses_protocol import (
+from pipeline.serve.api.response_events import Building
+from pipeline.serve.api.responses_protocol import (
     Event,
     FunctionCall,
     ItemEvent,
@@ -40,7 +39,9 @@ from pipeline.serve.responses_protocol import (
     Thinking,
     WholeEvent,
 )
-from pipeline.serve.worker import Options
+from pipeline.serve.inference.engine import Limits
+from pipeline.serve.inference.worker import Options
+from pipeline.serve.refusals import Refused, TimedOut, TooLong, UnknownModel, Unsupported
 
 slow = pytest.mark.slow
 ASKED = "The quick brown fox"

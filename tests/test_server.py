@@ -23,9 +23,9 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import UsageError
-from pipeline.serve import security
 from pipeline.serve.refusals import Forbidden, RateLimited, Unauthorized
-from pipeline.serve.server import Place, check_place, listening
+from pipeline.serve.web import security
+from pipeline.serve.web.server import Place, check_place, listening
 
 ROOT = Path(__file__).parents[1]
 KEY, OTHER = "an-api-key-for-tests-1", "an-api-key-for-tests-2"
@@ -585,7 +585,7 @@ def test_silence_in_a_stream_is_filled_and_failures_are_its_last_event() -> None
     from pydantic import BaseModel
 
     from pipeline.serve.refusals import Unavailable
-    from pipeline.serve.sse import Source
+    from pipeline.serve.web.sse import Source
 
     class Chunk(BaseModel):
         text: str

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny import CHAT_TEMPLATE
 
-from pipeline.serve.tool_calls import HERMES, XML, CallArguments, CallBegin, Text, ToolCalls, form_of
+from pipeline.serve.inference.tool_calls import HERMES, XML, CallArguments, CallBegin, Text, ToolCalls, form_of
 
 pytestmark = pytest.mark.unit
 

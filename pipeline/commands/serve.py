@@ -15,10 +15,10 @@ from pipeline.errors import RuntimeMissing, UsageError
 def serve(options: argparse.Namespace) -> int:
     check_positive(options, "queue", "parallel", "timeout", "threads", "max_body", "drain_seconds", "write_seconds")
     try:
-        from pipeline.serve import logs, security, server
-        from pipeline.serve.engine import Limits
-        from pipeline.serve.settings import Settings
-        from pipeline.serve.worker import Options
+        from pipeline.serve.inference.engine import Limits
+        from pipeline.serve.inference.worker import Options
+        from pipeline.serve.web import logs, security, server
+        from pipeline.serve.web.settings import Settings
     except ImportError as error:
         raise RuntimeMissing(
             "the libraries of the server are not installed", why=str(error), fix="pip install '.[serve]'"

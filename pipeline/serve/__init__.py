@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.serve.generator import Generator
+    from pipeline.serve.inference.engine import Limits
+    from pipeline.serve.inference.worker import Options
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "Limits", "Options"]
+_PLACES = {"Generator": "generator", "Limits": "inference.engine", "Options": "inference.worker"}
 
 
 def __getattr__(name: str) -> Any:
-    """`Generator`, whose module takes what most of this package does without."""
-    if name == "Generator":
-        from pipeline.serve.generator import Generator
-
-        return Generator
+    """What a program in Python needs, from modules that take what most of this package does without."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,11 +22,8 @@ from typing import Any, Literal, NamedTuple, Self, overload
 from pydantic import BaseModel
 
 from pipeline.errors import QwenOnnxError, UsageError
-from pipeline.serve import bodies, chat, completions, embeddings, models, protocol, responses, runs
-from pipeline.serve.engine import Limits
-from pipeline.serve.host import Answers, AsyncAnswers, Host, Pieces
-from pipeline.serve.models import Model
-from pipeline.serve.protocol import (
+from pipeline.serve.api import bodies, chat, completions, embeddings, protocol, responses, runs
+from pipeline.serve.api.protocol import (
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -37,9 +34,13 @@ from pipeline.serve.protocol import (
     Ranking,
     RerankRequest,
 )
+from pipeline.serve.api.responses_protocol import Event, Response, ResponseRequest
+from pipeline.serve.inference import models
+from pipeline.serve.inference.engine import Limits
+from pipeline.serve.inference.host import Answers, AsyncAnswers, Host, Pieces
+from pipeline.serve.inference.models import Model
+from pipeline.serve.inference.worker import Options
 from pipeline.serve.refusals import Refused
-from pipeline.serve.responses_protocol import Event, Response, ResponseRequest
-from pipeline.serve.worker import Options
 
 Messages = Sequence[Mapping[str, Any] | BaseModel]
 

@@ -1,0 +1,1 @@
+"""OpenAI's API: requests read strictly, answers and events as its clients expect them."""

@@ -1,0 +1,1 @@
+"""The model in a process of its own: a queue in front of it, cached conversations, grammars."""

@@ -1,0 +1,1 @@
+"""The HTTP server: routes, keys, limits, health, metrics, and a page."""
