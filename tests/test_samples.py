@@ -177,6 +177,16 @@ def test_the_sample_in_cpp_agrees_on_the_default_package(compiled: Ask) -> None:
     assert compiled(REAL, "What is the capital of France? One word.") == "Paris"
 
 
+def _followed(package: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed while the README of a package was followed."""
+    code = handoff.main(package)
+    said = capsys.readouterr().out
+    if code and "No matching distribution" in said:
+        pytest.skip("no package index can be reached")
+    assert code == 0, said
+    return said
+
+
 @pytest.mark.slow
 def test_a_card_followed_to_the_letter_in_an_environment_with_nothing_else(
     capsys: pytest.CaptureFixture[str],
@@ -184,16 +194,14 @@ def test_a_card_followed_to_the_letter_in_an_environment_with_nothing_else(
     package = ROOT / "tests" / "fixtures" / "packages" / "signable"
     titles = [title for title, _ in handoff.steps((package / "README.md").read_text(encoding="utf-8"))]
     assert [title.split()[0] for title in titles] == ["pip", "python", "the"]
-    assert handoff.main(package) == 0
-    said = capsys.readouterr().out
+    said = _followed(package, capsys)
     assert "replay" in said
     assert all(title in said for title in titles)
 
 
 @pytest.mark.real
 def test_the_default_package_alone_is_verified_and_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert handoff.main(REAL) == 0
-    assert "ONNX" in capsys.readouterr().out.split("the program in Python")[-1]
+    assert "ONNX" in _followed(REAL, capsys).split("the program in Python")[-1].upper()
 
 
 def test_no_language_shows_the_last_token_of_the_sequence_after_the_end() -> None:
