@@ -19,6 +19,7 @@ import tiny_package
 from pipeline import cli, digest
 from pipeline.errors import DownloadError, PackageError, UsageError
 from pipeline.formats import oci_image, oci_layout
+from pipeline.package import verify
 
 # The password "secret" of the user "app".
 _USERS = "app:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
@@ -223,6 +224,44 @@ def test_pushed_and_pulled_through_a_registry(
     pinned = f"{registry}/models/tiny@{first['digest']}"
     assert cli.main(["oci", "pull", pinned, "-o", str(tmp_path / "pinned"), "--plain-http"]) == 0
     assert tiny_package.content(tmp_path / "pinned") == tiny_package.content(package)
+
+
+def test_nothing_is_fetched_that_is_not_signed_with_the_key(
+    package: Path, registry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("model_signing")
+    from test_trust import keys
+
+    from pipeline.formats import oci_registry
+    from pipeline.package import signing
+
+    signed = shutil.copytree(package, tmp_path / "signed")
+    owner, stranger = keys(tmp_path, "owner"), keys(tmp_path, "stranger")
+    signing.sign(signed, owner[0])
+    weights = digest.of_file(package / "model.onnx.data")
+    # What another artifact lists beside the signature of this one is not what was signed.
+    image, _ = oci_image.describe(signed, verify.package(signed))
+    for name, folder in (("plain", package), ("signed", signed)):
+        oci_registry.push(folder, f"{registry}/models/trust:{name}", plain=True)
+    client = oci_registry._Client(oci_registry._parsed(f"{registry}/models/trust:mixed"), True)
+    shorter = json.loads(image.manifest)
+    shorter["layers"] = [entry for entry in shorter["layers"] if entry["digest"] != f"sha256:{weights}"]
+    client.put_manifest(oci_image.parse(json.dumps(shorter).encode()), "mixed")
+    for name, public, problem in (
+        ("plain", owner[1], "is not signed with that key"),
+        ("signed", stranger[1], "is not signed with that key"),
+        ("mixed", owner[1], "lists other files than were signed"),
+    ):
+        cache = tmp_path / f"cache-{name}"
+        out = tmp_path / f"out-{name}"
+        pulled = ["oci", "pull", f"{registry}/models/trust:{name}", "-o", str(out), "--plain-http"]
+        assert cli.main([*pulled, "--cache", str(cache), "--key", str(public)]) == 9
+        assert problem in capsys.readouterr().err
+        assert not out.exists()
+        assert not [path for path in (cache / "blobs" / "sha256").iterdir() if path.stat().st_size > 20_000]
+    pulled = ["oci", "pull", f"{registry}/models/trust:signed", "-o", str(tmp_path / "good"), "--plain-http"]
+    assert cli.main([*pulled, "--key", str(owner[1])]) == 0
+    assert tiny_package.content(tmp_path / "good") == tiny_package.content(signed)
 
 
 def test_a_pull_goes_on_where_it_was_cut_off(package: Path, registry: str, tmp_path: Path) -> None:

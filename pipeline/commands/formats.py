@@ -67,7 +67,7 @@ def oci_pull(options: argparse.Namespace) -> int:
 
     tag = oci_registry.tag_of(options.reference)
     cache = options.cache or Path(os.environ.get(CACHE) or options.out.resolve().parent / ".oci")
-    image, moved = oci_registry.pull(options.reference, cache, tag, options.plain_http)
+    image, moved = oci_registry.pull(options.reference, cache, tag, options.plain_http, options.key)
     manifest = oci_layout.extract(cache, image, options.out, options.key)
     facts: dict[str, Any] = {"package": str(options.out), "name": manifest.data["name"], "digest": manifest.digest}
     facts |= {"artifact": moved.digest, "fetched": moved.moved, "there": moved.kept}

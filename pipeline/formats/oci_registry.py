@@ -6,16 +6,19 @@ Bytes are not left to it: it neither compares what it downloads with a digest no
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import files
+from pipeline.artifact import SIGNATURE, SIGNED
 from pipeline.errors import DownloadError, PackageError, RuntimeMissing, UsageError
 from pipeline.formats import oci_image, oci_layout, staging
 from pipeline.formats.oci_image import Blob, Image
-from pipeline.package import verify
+from pipeline.package import signature, verify
 
 # distribution-spec: names and tags.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -71,12 +74,15 @@ def push(package: Path, reference: str, plain: bool = False, key: Path | None = 
     return Moved(image.blob.digest, moved + image.blob.size, kept)
 
 
-def pull(reference: str, layout: Path, tag: str, plain: bool = False) -> tuple[Image, Moved]:
+def pull(reference: str, layout: Path, tag: str, plain: bool = False, key: Path | None = None) -> tuple[Image, Moved]:
     """Pull an artifact into a layout under a tag; blobs that are there and whole are not fetched again.
+
+    Args:
+        key: the public key that every file must be signed with, which is asked before the weights are fetched.
 
     Raises:
         UsageError: the reference is none, or the folder is no layout.
-        PackageError: the manifest is refused, or bytes are not those of their digest.
+        PackageError: the manifest is refused, not signed with the key, or bytes are not those of their digest.
         DownloadError: the registry cannot be reached, refuses, or has no such artifact.
         ResourceError: the layout cannot be written.
         RuntimeMissing: oras is not installed.
@@ -93,11 +99,34 @@ def pull(reference: str, layout: Path, tag: str, plain: bool = False) -> tuple[I
         missing = {name: blob for name, blob in blobs.items() if not oci_layout.whole(layout, blob)}
         kept = sum(blob.size for name, blob in blobs.items() if name not in missing)
         staging.check_space(layout / "blobs" / "sha256", sum(blob.size for blob in missing.values()))
-        for blob in missing.values():
+        for blob in sorted(missing.values(), key=lambda blob: blob.name not in SIGNED):
+            if key and blob.name not in SIGNED:
+                _check_signature(reference, layout, image, key)
+                key = None
             moved += client.download(blob, oci_layout.path_of(layout, blob))
         config = oci_layout.path_of(layout, image.config).read_bytes()
         oci_layout.add(layout, image, config, tag)
     return image, Moved(image.blob.digest, moved + len(data), kept)
+
+
+def _check_signature(reference: str, layout: Path, image: Image, key: Path) -> None:
+    """Hold what an artifact lists against a signature that is in the layout already."""
+    with tempfile.TemporaryDirectory() as folder:
+        for layer in image.layers:
+            if layer.name in SIGNED:
+                files.link(oci_layout.path_of(layout, layer), Path(folder) / layer.name)
+        try:
+            signed = signature.read(Path(folder), key)
+        except PackageError as error:
+            what = f"{reference} is not signed with that key"
+            raise PackageError(what, why=error.why, fix=error.fix, codes=error.codes) from None
+    listed = {layer.name: layer.sha256 for layer in image.layers if layer.name != SIGNATURE}
+    if signed is None or signed.files != listed:
+        raise PackageError(
+            f"{reference} lists other files than were signed",
+            fix="ask whoever made it for the signed package, and do not load this one",
+            codes=["signature.wrong"],
+        )
 
 
 def tag_of(reference: str) -> str:
