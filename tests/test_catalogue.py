@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.builds import plan
+from pipeline.commands import arguments
 from pipeline.errors import RecipeError, ResourceError, UsageError
 from pipeline.facts import estimate, family, models, recipe, sizes
 from pipeline.facts.family import FAMILIES, Experts, Family, Shape
@@ -337,7 +338,7 @@ def test_what_fits_nothing_gets_the_smallest_and_its_need() -> None:
     with pytest.raises(ResourceError, match=r"no model for code fits 0\.30 GB on cpu") as caught:
         choose.choose(RECIPES, "code", 300_000_000, "cpu", 1024)
     assert "the smallest, Qwen2.5-Coder-0.5B-Instruct as int4, needs 0." in caught.value.why
-    wanted = cli.model_commands.memory(caught.value.fix.split(",")[0].removeprefix("--memory "))
+    wanted = arguments.memory(caught.value.fix.split(",")[0].removeprefix("--memory "))
     assert choose.choose(RECIPES, "code", wanted, "cpu", 1024).model.name == "Qwen2.5-Coder-0.5B-Instruct"
 
 
@@ -364,7 +365,7 @@ def test_what_ends_before_its_vocabulary_is_not_proposed() -> None:
     [("4GB", 4_000_000_000), ("4 gb", 4_000_000_000), ("0.5GiB", 1 << 29), ("512MiB", 1 << 29), ("3", 3_000_000_000)],
 )
 def test_memory_is_read_as_people_write_it(text: str, size: int) -> None:
-    assert cli.model_commands.memory(text) == size
+    assert arguments.memory(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "4TBB", "-1GB", "nan", "0MB", "1e30GB"])

@@ -129,7 +129,7 @@ def test_a_reader_that_has_gone_is_no_traceback_and_no_success(command: list[str
 def test_a_terminal_that_lacks_characters_gets_the_rest() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     code = (
-        "from pipeline import cli; cli.model_commands.targets = lambda _: print('é好') or 0; "
+        "from pipeline import cli; cli.models.targets = lambda _: print('é好') or 0; "
         "raise SystemExit(cli.main(['targets']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT, env=environment)

@@ -6,12 +6,29 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.package.adapter_files import Described
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(
+        root,
+        "adapter",
+        convert,
+        "convert a LoRA adapter for a package with slots, without building it again",
+    )
+    parser.add_argument("package", type=Path)
+    parser.add_argument("adapter", type=Path, metavar="PEFT_DIR", help="directory that peft saved")
+    parser.add_argument("--name", required=True, help="how it is called")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: NAME.onnx_adapter)")
+    parser.add_argument("--license", metavar="SPDX", help="identifier of its licence")
+    arguments.json(parser)
 
 
 def chosen(package: Path, given: str, trust: bool) -> Path:

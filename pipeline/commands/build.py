@@ -6,14 +6,41 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.commands.shared import aside, load, open_store
 from pipeline.errors import GateError, QwenOnnxError, ResourceError, UsageError
 from pipeline.task import GENERATE
 
 if TYPE_CHECKING:
     from pipeline.builds.summary import Recorder
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "build", build, "build, validate and package a recipe")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--out", type=Path, default=arguments.ARTIFACTS, help="folder of packages (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="then let a package that is new answer TEXT")
+    text = "write what the build came to, good or bad, as one JSON object"
+    parser.add_argument("--summary", type=Path, metavar="FILE", help=text)
+    text = "write its steps and gates as JUnit's XML, which CI systems show"
+    parser.add_argument("--junit", type=Path, metavar="FILE", help=text)
+    arguments.locked(parser)
+    arguments.store(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "plan", plan, "show the steps of a recipe, what is cached and what they need")
+    parser.add_argument("recipe", type=Path)
+    arguments.locked(parser)
+    arguments.store(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "report", report, "write index.html, which shows all packages of a folder")
+    parser.add_argument("folder", type=Path, nargs="?", default=arguments.ARTIFACTS, help="(default: %(default)s)")
 
 
 def build(options: argparse.Namespace) -> int:

@@ -11,9 +11,80 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import arguments
 from pipeline.errors import UsageError
 
 CACHE = "QWEN_ONNX_OCI"
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "pack", pack, "write a package as one file, whose bytes are always the same")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="(default: PACKAGE.tar)")
+    arguments.key(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "unpack", unpack, "make a package of an archive, and verify it")
+    parser.add_argument("archive", type=Path, metavar="FILE")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    for name, usual, what in (("bytes", 200 * 10**9, "bytes"), ("files", 1000, "files")):
+        text = f"refuse an archive of more {what} (default: %(default)s)"
+        parser.add_argument(f"--max-{name}", type=arguments.positive, default=usual, metavar="N", help=text)
+    arguments.key(parser)
+    arguments.json(parser)
+
+    _add_registries(root)
+
+    parser = arguments.command(root, "layout", layout, "lay a package out as another program wants it")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("out", type=Path)
+    text = "Foundry Local's cache, or a repository of a model hub"
+    parser.add_argument("--for", dest="kind", choices=("foundry", "hub"), required=True, help=text)
+    arguments.key(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(
+        root, "diff", diff, "compare two releases; ends with 0 compatible, 20 needs review, 21 breaking"
+    )
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--all", action="store_true", help="every difference, also of kinds that are found often")
+    parser.add_argument("--trust", action="store_true", help="skip the digests of packages that were verified before")
+    arguments.json(parser)
+
+
+def _add_registries(root: Any) -> None:
+    oci = root.add_parser("oci", help="packages in OCI registries").add_subparsers(required=True, metavar="ACTION")
+    parser = arguments.command(oci, "push", oci_push, "push a package to a registry")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("reference", metavar="HOST/NAME:TAG")
+    parser.add_argument("--plain-http", action="store_true", help="without TLS, for a registry on this machine")
+    arguments.key(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(oci, "pull", oci_pull, "pull a package; files that are here are not fetched again")
+    parser.add_argument("reference", metavar="HOST/NAME:TAG")
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    text = f"OCI layout that keeps what was pulled (default: ${CACHE} or .oci beside DIR)"
+    parser.add_argument("--cache", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--plain-http", action="store_true", help="without TLS, for a registry on this machine")
+    arguments.key(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(oci, "export", oci_export, "put a package into an OCI image layout")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("layout", type=Path)
+    parser.add_argument("--tag", default="latest", help="(default: %(default)s)")
+    arguments.key(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(oci, "import", oci_import, "make a package of an artifact in an OCI image layout")
+    parser.add_argument("layout", type=Path)
+    parser.add_argument("-o", "--out", type=Path, metavar="DIR", required=True)
+    parser.add_argument("--tag", default="", help="(default: the only one)")
+    arguments.key(parser)
+    arguments.json(parser)
 
 
 def pack(options: argparse.Namespace) -> int:

@@ -4,10 +4,43 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
+from pipeline.commands import arguments
 from pipeline.commands.shared import check_package, check_positive
 from pipeline.errors import UsageError
 from pipeline.task import GENERATE
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "generate", generate, "answer a prompt with a package")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--prompt", required=True, help="the text, or - for standard input")
+    text = "a PNG or JPEG that the prompt is about, for a model that sees; may be given several times"
+    parser.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help=text)
+    parser.add_argument("--system", help="system message")
+    text = "a WAV file (16 kHz, at most 30 s) for a package that hears; may be given again"
+    parser.add_argument("--audio", type=Path, action="append", default=[], metavar="FILE", help=text)
+    parser.add_argument("--raw", action="store_true", help="continue the text as it stands, without chat template")
+    text = "let the model think before it answers, or not, where its chat template has that switch (default: its own)"
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, help=text)
+    text = "end its thoughts after N tokens; they are shown on standard error, and apart with --json"
+    parser.add_argument("--thinking-budget", type=int, metavar="N", help=text)
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--top-p", type=float, default=0.8, help="(default: %(default)s)")
+    parser.add_argument("--top-k", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int)
+    text = "look drafts up in the prompt and verify many tokens at once: fast where an answer repeats it (greedy only)"
+    parser.add_argument("--lookup", action="store_true", help=text)
+    text = "answer with a LoRA adapter of the package, by name, or with a file (….onnx_adapter) that `adapter` wrote"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
+    arguments.provider(parser)
+    parser.add_argument("--trust", action="store_true", help="skip the digests of a package that was verified before")
+    arguments.json(parser)
 
 
 def generate(options: argparse.Namespace) -> int:

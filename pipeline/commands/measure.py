@@ -5,10 +5,65 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+from pipeline import bench_loop
+from pipeline.commands import arguments
 from pipeline.commands.shared import aside, check_package, check_positive, open_store
 from pipeline.errors import UsageError
 from pipeline.task import GENERATE
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "tune", tune, "find a scheme for each weight, and write it as a recipe")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--max-kl", type=float, metavar="NATS", help="the smallest package within this mean KL divergence"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, metavar="N", help="with weights within N bytes; without --max-kl the most faithful"
+    )
+    parser.add_argument(
+        "--min-decode-ratio", type=float, metavar="R", help="at least R times as fast a token as the fastest scheme"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="recipe to write (default: RECIPE with -tuned)")
+    arguments.store(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "bench", bench, "time packages against one another, and against other tools")
+    parser.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE")
+    against = (
+        "llama.cpp, llama.cpp-q4_k_m (quantized here by llama.cpp), plain-olive (ModelBuilder's INT4), torch or "
+        "torch-bfloat16; may be given again"
+    )
+    parser.add_argument("--against", action="append", default=[], metavar="PEER", help=against)
+    for name, what, usual in (
+        ("prefill", "prompt lengths", bench_loop.PREFILL),
+        ("decode", "depths of context that answers are timed at", bench_loop.DECODE),
+    ):
+        text = f"{what}, in tokens (default: {','.join(map(str, usual))})"
+        parser.add_argument(f"--{name}", type=_lengths, default=usual, metavar="N,N...", help=text)
+    parser.add_argument("--quality", action="store_true", help="also how far each is from the checkpoint; minutes")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: all cores that may be used)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="(default: PACKAGE.bench.json, beside the first)")
+    parser.add_argument("--trust", action="store_true", help="load packages without checking them first")
+    arguments.store(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "attribute", attribute, "tell where a package loses what it loses")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--trust", action="store_true", help="load the package without checking it first")
+    arguments.store(parser)
+    arguments.json(parser)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    lengths = tuple(int(part) for part in text.split(","))
+    if min(lengths) < 1:
+        raise argparse.ArgumentTypeError(f"{text} has a length that is not positive")
+    return lengths
 
 
 def tune(options: argparse.Namespace) -> int:

@@ -8,15 +8,54 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.facts.models import Model
     from pipeline.tuning.catalogue import Base, Demand, Planned
 
-UNITS = {"GB": 10**9, "GIB": 1 << 30, "MB": 10**6, "MIB": 1 << 20}
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "models", models, "list the Qwen models, and what each needs")
+    parser.add_argument(
+        "--task", default="", help="what it should be made for: chat, code, math, thinking, vision, ..."
+    )
+    parser.add_argument("--family", default="", help="model type, such as qwen3")
+    _device(parser)
+    parser.add_argument("--plan", default="", metavar="NAME", help="show what building one would need, step by step")
+    parser.add_argument("--scheme", default="int4", help="of the build that --plan shows (default: %(default)s)")
+    parser.add_argument("--exporter", default="", help="of the build that --plan shows (default: the scheme's)")
+    arguments.json(parser)
+
+    parser = arguments.command(root, "choose", choose, "propose a model and a scheme that fit, and their recipe")
+    parser.add_argument("--task", default="chat", help="what it should be made for (default: %(default)s)")
+    text = "what the device has for the model, such as 4GB or 3.5GiB"
+    parser.add_argument("--memory", type=arguments.memory, required=True, metavar="SIZE", help=text)
+    parser.add_argument("--family", default="", help="model type, such as qwen3")
+    _device(parser)
+    parser.add_argument("--research", action="store_true", help="also models whose licence allows research only")
+    arguments.json(parser)
+
+    parser = arguments.command(root, "lock", lock, "write the commit and digest of a recipe's checkpoint into it")
+    parser.add_argument("recipe", type=Path)
+    text = "take this branch, tag or commit instead of the recipe's, and its bytes"
+    parser.add_argument("--revision", default="", help=text)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "targets", targets, "what each target is, and what this machine can do for it")
+    arguments.json(parser)
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default="cpu", help="(default: %(default)s)")
+    text = "tokens of prompt and answer (default: %(default)s)"
+    parser.add_argument("--context", type=arguments.positive, default=4096, metavar="N", help=text)
+    parser.add_argument("--recipes", type=Path, default=arguments.RECIPES, metavar="DIR", help="(default: %(default)s)")
 
 
 def models(options: argparse.Namespace) -> int:
@@ -136,27 +175,6 @@ def choose(options: argparse.Namespace) -> int:
     print(f"#\n# Write this to {path}, then: qwen-onnx lock {path} && qwen-onnx build {path}")
     print(choice.text, end="")
     return 0
-
-
-def memory(text: str) -> int:
-    """Bytes of ``4GB``, ``512 MiB`` and the like, for the command line."""
-    number = text.strip().upper().rstrip("GMIB")
-    unit = text.strip().upper()[len(number) :]
-    try:
-        size = float(number) * UNITS[unit.strip() or "GB"]
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text} is no amount of memory, such as 4GB or 512MiB") from None
-    if not 0 < size < 1e15:  # NaN is not, either
-        raise argparse.ArgumentTypeError(f"{text} is no amount of memory that a device has")
-    return int(size)
-
-
-def positive(text: str) -> int:
-    """A positive whole number, for the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def lock(options: argparse.Namespace) -> int:

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.errors import QwenOnnxError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.facts.recipe import Loaded
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    recipe = root.add_parser("recipe", help="list, show, check recipes").add_subparsers(required=True, metavar="ACTION")
+    parser = arguments.command(recipe, "list", list_all, "all recipes below a folder")
+    parser.add_argument("folder", type=Path, nargs="?", default=arguments.RECIPES)
+    parser = arguments.command(recipe, "show", show, "a recipe with all that it extends resolved")
+    parser.add_argument("recipe", type=Path)
+    parser = arguments.command(recipe, "lint", lint, "check recipes, options of Olive passes included")
+    parser.add_argument("recipes", type=Path, nargs="+")
+    arguments.command(recipe, "schema", schema, "JSON schema of a recipe, for editors")
 
 
 def list_all(options: argparse.Namespace) -> int:

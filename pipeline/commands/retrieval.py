@@ -5,10 +5,40 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
-from pipeline.commands import shared
+from pipeline.commands import arguments, shared
 from pipeline.errors import UsageError
 from pipeline.task import EMBED, RERANK
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(root, "embed", embed, "turn texts into vectors with a package that embeds")
+    parser.add_argument("package", type=Path)
+    text = "a document, as it is, or - for standard input; may be given again"
+    parser.add_argument("--text", action="append", default=[], help=text)
+    text = "a query, with the instruction before it; may be given again"
+    parser.add_argument("--query", action="append", default=[], metavar="TEXT", help=text)
+    text = "keep the first N dimensions, of models that were trained for it"
+    parser.add_argument("--dimensions", type=int, metavar="N", help=text)
+    _common(parser)
+
+    parser = arguments.command(root, "rerank", rerank, "score documents for a query with a package that ranks")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("--query", required=True, metavar="TEXT")
+    text = "a document, or - for standard input; may be given again"
+    parser.add_argument("--document", action="append", required=True, metavar="TEXT", help=text)
+    _common(parser)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--instruct", metavar="TEXT", help="what queries are for (default: to search the web)")
+    parser.add_argument("--truncate", action="store_true", help="cut what is longer than the model takes")
+    parser.add_argument("--threads", type=int, help="processor threads (default: all cores)")
+    parser.add_argument("--trust", action="store_true", help="skip the digests of a package verified before")
+    arguments.json(parser)
 
 
 def embed(options: argparse.Namespace) -> int:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from pipeline.builds.store import Store
     from pipeline.facts.recipe import Loaded
 
-RECIPES = Path("recipes")
-
 
 def load(path: Path, options: argparse.Namespace) -> tuple[Loaded, list[Step]]:
     from pipeline.builds import plan

@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
-from pipeline.commands.shared import RECIPES, load, open_store
+from pipeline.commands import arguments
+from pipeline.commands.shared import load, open_store
 from pipeline.errors import QwenOnnxError
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    store = root.add_parser("store", help="list, clean, check the store").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for name, action, text in (
+        ("list", list_all, "all artifacts"),
+        ("check", check, "compare every artifact with its digests, and remove damaged ones"),
+        ("gc", collect, "remove artifacts that no recipe needs, abandoned work and downloads"),
+    ):
+        parsed = arguments.command(store, name, action, text)
+        arguments.store(parsed)
+        if name == "gc":
+            parsed.add_argument("--keep", type=Path, nargs="*", help="recipes to keep (default: all below recipes/)")
 
 
 def list_all(options: argparse.Namespace) -> int:
@@ -34,7 +53,7 @@ def check(options: argparse.Namespace) -> int:
 def collect(options: argparse.Namespace) -> int:
     from pipeline.facts import recipe
 
-    paths = options.keep if options.keep is not None else recipe.find(RECIPES)
+    paths = options.keep if options.keep is not None else recipe.find(arguments.RECIPES)
     keep: set[str] = set()
     for path in paths:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -12,10 +13,50 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.errors import GateError, StageError, StoreError, UsageError
+from pipeline.package.provenance import BUILDER
 
 if TYPE_CHECKING:
     from pipeline.builds.rebuild import Rebuilt
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    parser = arguments.command(
+        root, "verify", verify, "check a package before it is used; nothing of it is loaded before that"
+    )
+    parser.add_argument("package", type=Path)
+    arguments.key(parser)
+    parser.add_argument("--replay", action="store_true", help="then load it and replay its golden transcript here")
+    arguments.provider(parser)
+    arguments.json(parser)
+
+    parser = arguments.command(root, "sign", sign, "sign a package, and say where it comes from")
+    parser.add_argument("package", type=Path)
+    text = "private key, P-256 or P-384; the password of an encrypted one is in $QWEN_ONNX_KEY_PASSWORD"
+    parser.add_argument("--key", type=Path, required=True, metavar="PEM", help=text)
+    default = os.environ.get("QWEN_ONNX_BUILDER", BUILDER)
+    text = "URI of what built it, for the provenance (default: $QWEN_ONNX_BUILDER or %(default)s)"
+    parser.add_argument("--builder-id", default=default, metavar="URI", help=text)
+    arguments.json(parser)
+
+    text = "make a package again from its manifest, and compare; ends with 0 equal, 22 a file differs"
+    parser = arguments.command(root, "rebuild", rebuild, text)
+    parser.add_argument("package", type=Path)
+    text = "an empty folder (default: a temporary one, beside --out or the package)"
+    parser.add_argument("--store", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the new package is put (default: not kept)")
+    parser.add_argument("--downloads", type=Path, metavar="DIR", help="keep and take what is fetched here")
+    parser.add_argument("--checkpoint", type=Path, metavar="PATH", help="where a local checkpoint is now")
+    text = "where a LoRA adapter is now, of one that was merged the folder alone; may be given again"
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help=text)
+    text = "end with this stage, such as quantize, and compare graphs and weights"
+    parser.add_argument("--until", default="", metavar="STAGE", help=text)
+    text = "although tools have other versions than the manifest says"
+    parser.add_argument("--other-versions", action="store_true", help=text)
+    arguments.key(parser)
+    arguments.json(parser)
 
 
 def verify(options: argparse.Namespace) -> int:

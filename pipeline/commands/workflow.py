@@ -8,14 +8,34 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.commands import arguments
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact, Step
     from pipeline.builds.store import Store
     from pipeline.facts.recipe import Loaded
+
+
+def add(root: Any) -> None:
+    """Add the commands to the command line."""
+    text = "write the steps of recipes as a Snakemake workflow, for several machines"
+    parser = arguments.command(root, "workflow", workflow, text)
+    parser.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the workflow")
+    text = "folder of packages (default: %(default)s)"
+    parser.add_argument("--packages", type=Path, default=arguments.ARTIFACTS, metavar="DIR", help=text)
+    arguments.store(parser)
+
+    parser = arguments.command(root, "step", step, "make one step of a recipe, from steps that are in the store")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("stage", metavar="STAGE", help="as `qwen-onnx plan` lists them")
+    parser.add_argument("--key", default="", help="refuse to make another step than the one of this key")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="put the package there as well")
+    arguments.store(parser)
+    arguments.json(parser)
 
 
 def workflow(options: argparse.Namespace) -> int:
