@@ -12,14 +12,13 @@ WORKERS ?= 2
 # More options of `qwen-onnx build`, such as --junit FILE.
 OPTIONS ?=
 PROMPT ?= Write a Python function that checks whether a string is a palindrome.
-PYTEST := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 READY := $(VENV)/ready
 OPENVINO := .venv-openvino
 LLAMACPP := .venv-llamacpp
 SNAKEMAKE := .venv-snakemake
 
 .DEFAULT_GOAL := help
-.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all runtimes handoff samples lint recipes verify serve bench report clean
+.PHONY: help cpu cuda directml webgpu tensorrt-rtx npu openvino $(OPENVINO) $(LLAMACPP) $(SNAKEMAKE) cuda-runtime targets test test-all slurm runtimes handoff samples lint recipes verify serve bench report clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -72,10 +71,13 @@ cuda-runtime: $(READY) ## on a machine with an NVIDIA GPU: let `make cuda` valid
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check onnxruntime-gpu==1.31.1 onnxruntime-genai-cuda==0.14.1
 
 test: $(READY) ## all tests but those on the real checkpoint
-	@$(BIN)/python -m pytest $(PYTEST) -m 'not real'
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=20 -m 'not real'
 
-test-all: $(READY) ## all tests
-	@$(BIN)/python -m pytest $(PYTEST) --durations=30
+test-all: test ## all tests; those on the real checkpoint one after the other, since each takes all cores
+	@$(BIN)/python -m pytest --durations=10 -m real
+
+slurm: $(READY) $(SNAKEMAKE) ## build through Snakemake on a Slurm of one node, which this starts: needs root, slurm-wlm, munge
+	@QWEN_ONNX_SLURM=1 $(BIN)/python -m pytest -m slow -k slurm tests/test_workflow.py
 
 runtimes: $(READY) ## replay packages with the oldest and the newest runtime that is claimed, in environments of their own
 	@$(BIN)/python tests/runtimes.py

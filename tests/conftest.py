@@ -73,14 +73,6 @@ def built(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[...,
     return made
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares costly fixtures runs in one process: the tests of a file, and all on the real checkpoint, first."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
-    for item in items:
-        group = "real" if item.get_closest_marker("real") else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the robustness table as far as it was run: case, expected, observed."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]

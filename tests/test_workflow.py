@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -237,9 +236,6 @@ def _slurm() -> Iterator[dict[str, str]]:
     """A Slurm of one node on the loopback interface; yields what programs need to find it."""
     held = 'echo "$SLURM_CONF"; echo "$PATH"; cat > /dev/null'  # until its input is closed
     script = ROOT / "deploy" / "slurm" / "one-node.sh"
-    tried = subprocess.run([str(script), "true"], capture_output=True, text=True, check=False)
-    if tried.returncode:
-        pytest.skip(f"Slurm does not start on this machine: {tried.stderr[-500:]}")
     with subprocess.Popen(
         [str(script), "sh", "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -299,11 +295,7 @@ def _kill_once(flow: Flow, stage: str, killed: list[int], over: threading.Event)
     [
         "local",
         pytest.param(
-            "slurm",
-            marks=pytest.mark.skipif(
-                not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))) or os.getuid() != 0,
-                reason="Slurm is not installed, or the user is not root: apt-get install slurm-wlm munge",
-            ),
+            "slurm", marks=pytest.mark.skipif("QWEN_ONNX_SLURM" not in os.environ, reason="eight minutes: make slurm")
         ),
     ],
 )
