@@ -283,6 +283,17 @@ def test_a_model_that_nobody_asks_is_unloaded_and_comes_back(tiny_package: Path)
 
 
 @pytest.mark.slow
+def test_a_change_is_not_missed_before_it_is_awaited(tiny_package: Path) -> None:
+    async def run() -> None:
+        async with started(tiny_package) as engine:
+            change = engine._change()
+            engine._signal()
+            await asyncio.wait_for(change, 10)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
 def test_a_stop_lets_answers_come_to_their_end(tiny_package: Path, session: Session) -> None:
     async def run() -> None:
         async with started(tiny_package, parallel=1) as engine:

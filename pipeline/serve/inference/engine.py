@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -445,8 +445,9 @@ class Engine:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _change(self) -> None:
-        await self._changed.wait()
+    def _change(self) -> Coroutine[Any, Any, Any]:
+        """What ends with the next change: also with one between this call and the moment that it is awaited."""
+        return self._changed.wait()
 
 
 def _refused(described: dict[str, str]) -> Exception:
