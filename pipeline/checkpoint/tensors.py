@@ -79,7 +79,7 @@ class Tensors:
                     yield name, opened.get_tensor(name).to(torch.float32, copy=True)
 
 
-def check_one_matrix(checkpoint: Path, embedding: str, head: str) -> None:
+def check_one_matrix(weights: Tensors, embedding: str, head: str) -> None:
     """Refuse to store one matrix for head and embedding where they are two.
 
     Two roundings of one matrix pass, as GGUF files have them: those of Qwen2.5-Coder-0.5B are 0.045 apart.
@@ -90,7 +90,6 @@ def check_one_matrix(checkpoint: Path, embedding: str, head: str) -> None:
     Raises:
         StageError: they are further apart than roundings are.
     """
-    weights = Tensors(checkpoint)
     if head not in weights:
         return
     one, other = weights.rows(embedding, _COMPARED), weights.rows(head, _COMPARED)

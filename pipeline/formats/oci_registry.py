@@ -99,11 +99,12 @@ def pull(reference: str, layout: Path, tag: str, plain: bool = False, key: Path 
         missing = {name: blob for name, blob in blobs.items() if not oci_layout.whole(layout, blob)}
         kept = sum(blob.size for name, blob in blobs.items() if name not in missing)
         staging.check_space(layout / "blobs" / "sha256", sum(blob.size for blob in missing.values()))
-        for blob in sorted(missing.values(), key=lambda blob: blob.name not in SIGNED):
-            if key and blob.name not in SIGNED:
+        for signing in (True, False):
+            for blob in missing.values():
+                if (blob.name in SIGNED) is signing:
+                    moved += client.download(blob, oci_layout.path_of(layout, blob))
+            if key and signing:
                 _check_signature(reference, layout, image, key)
-                key = None
-            moved += client.download(blob, oci_layout.path_of(layout, blob))
         config = oci_layout.path_of(layout, image.config).read_bytes()
         oci_layout.add(layout, image, config, tag)
     return image, Moved(image.blob.digest, moved + len(data), kept)

@@ -35,8 +35,9 @@ def run(step: Step, inputs: Mapping[str, Artifact], out_dir: Path, progress: Pro
     checkpoint = inputs["checkpoint"].path
     family = checkpoint_files.family_of(checkpoint)
     if scheme.embedding == "shared":
-        names = multimodal.in_files(family, list(tensors.Tensors(checkpoint)))
-        tensors.check_one_matrix(checkpoint, f"{names.text}.embed_tokens.weight", f"{names.head}.weight")
+        weights = tensors.Tensors(checkpoint)
+        names = multimodal.in_files(family, list(weights))
+        tensors.check_one_matrix(weights, f"{names.text}.embed_tokens.weight", f"{names.head}.weight")
     if scheme.algorithm == "static":
         windows = calibration.windows(checkpoint, scheme.calibration_windows)
         facts = static_quantizer.quantize(source, out_dir, scheme, windows, progress)
